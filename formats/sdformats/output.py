@@ -1,0 +1,300 @@
+"""A file that appears whole or not at all.
+
+The bytes go to a temporary file in the target's folder, are forced to the disk, and take the target's name in one step.
+On Linux the temporary file has no name (``O_TMPFILE``): whatever ends the process, nothing is left behind. Elsewhere it is
+called ``.NAME.XXXXXXXX.sdmerge-tmp``, is locked while its writer lives, and the next run removes those whose writer is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import stat
+import sys
+import threading
+from pathlib import Path
+
+from sdformats.errors import OutputExists, WriteError
+from sdformats.positional import OutputHandle, open_exclusive
+
+if sys.platform != "win32":
+    import fcntl
+
+SUFFIX = ".sdmerge-tmp"
+_FLUSH_EVERY = 256 << 20
+_CAUSES = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT if hasattr(errno, "EDQUOT") else -1: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than the system allows",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "no permission to write there",
+    errno.EPERM: "no permission to write there",
+}
+
+
+class PendingFile:
+    """A file of a known size on its way to `path`.
+
+    Args:
+        path: where the file will be. A symbolic link is written through: what it points at is replaced.
+        size: how many bytes it will have.
+        overwrite: whether an existing file may be replaced.
+
+    Raises:
+        OutputExists: there is a file and `overwrite` is false.
+        WriteError: the folder is missing or read-only, or the disk has too little room.
+    """
+
+    def __init__(self, path: Path, size: int, *, overwrite: bool) -> None:
+        self.path = path
+        self.size = size
+        self.target = Path(os.path.realpath(path))
+        self._overwrite = overwrite
+        self._old_mode = self._check_target()
+        self._check_room()
+        remove_stale(self.target)
+        self._temporary: Path | None = None
+        try:
+            fd = self._open()
+        except OSError as error:
+            raise self._failure(error) from error
+        self._handle: OutputHandle | None = OutputHandle(fd)
+        self._flusher = _Flusher(fd)
+        try:
+            os.truncate(fd, size) if os.truncate in os.supports_fd else os.ftruncate(fd, size)
+        except OSError as error:
+            self.abort()
+            raise self._failure(error) from error
+
+    def write(self, offset: int, buffer: memoryview) -> None:
+        """Put bytes at `offset`. May be called from several threads at once."""
+        assert self._handle is not None, "write after commit or abort"
+        try:
+            self._handle.write(offset, buffer)
+            self._flusher.wrote(len(buffer))
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def commit(self) -> None:
+        """Force everything to the disk and give the file its name, in one step.
+
+        Raises:
+            OutputExists: a file appeared at the target in the meantime and `overwrite` is false.
+            WriteError: the system could not store it; nothing is left behind.
+        """
+        assert self._handle is not None, "commit after commit or abort"
+        fd = self._handle.fd
+        try:
+            self._flusher.finish()
+            if self._old_mode is not None and hasattr(os, "fchmod"):
+                os.fchmod(fd, self._old_mode)
+            self._sync(fd)
+            self._publish(fd)
+            sync_folder(self.target.parent)
+        except FileExistsError as error:
+            self.abort()
+            raise self._exists() from error
+        except OSError as error:
+            self.abort()
+            raise self._failure(error) from error
+        except BaseException:
+            self.abort()
+            raise
+        self._close()
+
+    def abort(self) -> None:
+        """Remove the temporary file. Does nothing after `commit`."""
+        if self._handle is None:
+            return
+        self._flusher.cancel()
+        self._close()
+        if self._temporary is not None:
+            with contextlib.suppress(OSError):
+                self._temporary.unlink()
+
+    def _check_target(self) -> int | None:
+        """Return the permissions of the file to be replaced, if there is one."""
+        if not self.target.parent.is_dir():
+            raise WriteError(f"the folder {self.target.parent} does not exist", path=self.path, advice="create it first")
+        try:
+            status = self.target.stat()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._failure(error) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise WriteError("is not a regular file", path=self.path, advice="choose another output")
+        if not self._overwrite:
+            raise self._exists()
+        return stat.S_IMODE(status.st_mode)
+
+    def _check_room(self) -> None:
+        free = shutil.disk_usage(self.target.parent).free
+        if self.size > free:
+            raise WriteError(
+                f"needs {self.size:,} bytes, and {free:,} are free in {self.target.parent}",
+                path=self.path,
+                advice="make room or choose another folder",
+            )
+
+    def _open(self) -> int:
+        folder = self.target.parent
+        if hasattr(os, "O_TMPFILE"):
+            with contextlib.suppress(OSError):
+                fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
+                if Path(_descriptor(fd)).exists():
+                    return fd
+                os.close(fd)
+        self._temporary = self._temporary_name()
+        fd = open_exclusive(self._temporary, 0o666)
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
+
+    def _temporary_name(self) -> Path:
+        return self.target.with_name(f".{_stem(self.target)}.{secrets.token_hex(4)}{SUFFIX}")
+
+    def _publish(self, fd: int) -> None:
+        if self._temporary is None:
+            if not self._overwrite:
+                _link_descriptor(fd, self.target)
+                return
+            self._temporary = self._temporary_name()
+            _link_descriptor(fd, self._temporary)
+        if sys.platform == "win32":
+            self._close()  # an open file cannot be renamed there
+            (self._temporary.replace if self._overwrite else self._temporary.rename)(self.target)
+            return
+        if self._overwrite:
+            self._temporary.replace(self.target)
+            return
+        try:
+            os.link(self._temporary, self.target)
+        except (PermissionError, NotImplementedError):  # a file system without hard links
+            if self.target.exists():
+                raise FileExistsError(errno.EEXIST, "file exists") from None
+            self._temporary.rename(self.target)
+        else:
+            self._temporary.unlink()
+
+    def _sync(self, fd: int) -> None:
+        if sys.platform == "darwin":
+            with contextlib.suppress(OSError):  # fsync alone stops at the drive's own cache there
+                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+                return
+        os.fsync(fd)
+
+    def _close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle.fd)
+
+    def _exists(self) -> OutputExists:
+        return OutputExists("exists already", path=self.path, advice="pass --overwrite, or choose another name")
+
+    def _failure(self, error: OSError) -> WriteError:
+        cause = _CAUSES.get(error.errno or 0, error.strerror or str(error))
+        return WriteError(f"cannot be written: {cause}", path=self.path)
+
+
+class _Flusher:
+    """Starts writing back to the disk early, so that the final sync is short and the pile of unwritten data small."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._pending = 0
+        self._due = threading.Condition()
+        self._stop = False
+        self._error: OSError | None = None
+        self._thread: threading.Thread | None = None
+
+    def wrote(self, count: int) -> None:
+        with self._due:
+            self._pending += count
+            if self._pending < _FLUSH_EVERY:
+                return
+            if self._error is not None:
+                raise self._error
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="sdmerge-flush", daemon=True)
+                self._thread.start()
+            self._due.notify()
+
+    def finish(self) -> None:
+        """Wait for the thread; raise what it met: a failed sync is a failed write, and is reported only once."""
+        self.cancel()
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        with self._due:
+            self._stop = True
+            self._due.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        sync = getattr(os, "fdatasync", os.fsync)
+        while True:
+            with self._due:
+                self._due.wait_for(lambda: self._stop or self._pending >= _FLUSH_EVERY)
+                if self._stop:
+                    return
+                self._pending = 0
+            try:
+                sync(self._fd)
+            except OSError as error:
+                self._error = error
+                return
+
+
+def remove_stale(target: Path) -> None:
+    """Remove temporary files of earlier runs to the same target whose writer is gone."""
+    prefix = f".{_stem(target)}."
+    for entry in sorted(target.parent.iterdir()) if os.access(target.parent, os.R_OK) else ():
+        if not (entry.name.startswith(prefix) and entry.name.endswith(SUFFIX)):
+            continue
+        with contextlib.suppress(OSError):
+            if sys.platform == "win32":
+                entry.unlink()  # fails while it is open
+                continue
+            fd = os.open(entry, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                entry.unlink()
+            finally:
+                os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable, where the system lets a folder be synced."""
+    if sys.platform == "win32":
+        return
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def _stem(target: Path) -> str:
+    return target.name.encode()[:200].decode(errors="ignore")  # leaves room for the rest within 255 bytes
+
+
+def _descriptor(fd: int) -> str:
+    return f"/proc/self/fd/{fd}"
+
+
+def _link_descriptor(fd: int, name: Path) -> None:
+    folder = os.open(name.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:  # dst_dir_fd makes Python call linkat, the only way to follow the descriptor's link
+        os.link(_descriptor(fd), name.name, dst_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
