@@ -64,7 +64,7 @@ class PendingFile:
         self._handle: OutputHandle | None = OutputHandle(fd)
         self._flusher = _Flusher(fd)
         try:
-            os.truncate(fd, size) if os.truncate in os.supports_fd else os.ftruncate(fd, size)
+            os.ftruncate(fd, size)
         except OSError as error:
             self.abort()
             raise self._failure(error) from error

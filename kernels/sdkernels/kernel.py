@@ -1,0 +1,99 @@
+"""What a kernel is, and the only `import triton`.
+
+A kernel is a torch `reference` that says what is right, a `fast` launcher of a Triton kernel that says it quickly, and
+`cases` on which one parity test and one benchmark run both. Triton is loaded only where it can run: with a GPU, or under
+``TRITON_INTERPRET=1`` (its interpreter, for tests on a CPU). Elsewhere stand-ins let the kernel files be imported.
+
+Kernel files must not use ``from __future__ import annotations``: the interpreter needs real `tl.constexpr` annotations.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _triton_runs() -> bool:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    return torch.cuda.is_available() and torch.version.cuda is not None
+
+
+class _NoTriton:
+    """Stands in for `triton` and `triton.language`: enough for a kernel file to be imported, nothing to run."""
+
+    constexpr = int
+
+    @staticmethod
+    def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+    @staticmethod
+    def cdiv(a: int, b: int) -> int:
+        return -(-a // b)
+
+
+HAS_TRITON = False
+triton: Any = _NoTriton
+tl: Any = _NoTriton
+if _triton_runs():
+    try:
+        import triton as _triton
+        import triton.language as _tl
+    except ImportError:  # no Triton for this system: the references run
+        pass
+    else:
+        HAS_TRITON, triton, tl = True, _triton, _tl
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments on which a kernel's two versions must agree.
+
+    Attributes:
+        name: says what is special about it.
+        make: builds the arguments (a tuple) on a device; the same on every call.
+        moved: bytes read and written, for the benchmark.
+    """
+
+    name: str
+    make: Callable[[torch.device], tuple[Any, ...]]
+    moved: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One operation in two versions.
+
+    Attributes:
+        name: its name in tests, benchmarks and error messages.
+        reference: plain torch, any device.
+        fast: launches Triton; the same signature and result.
+        cases: arguments for parity test and benchmark.
+    """
+
+    name: str
+    reference: Callable[..., Tensor]
+    fast: Callable[..., Tensor]
+    cases: Callable[[], Iterable[Case]]
+
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        """Run `fast` where a GPU holds the output, else `reference`."""
+        out = options.get("out")
+        first = out if isinstance(out, Tensor) else _first_tensor(args)
+        on_gpu = HAS_TRITON and first is not None and first.is_cuda
+        return (self.fast if on_gpu else self.reference)(*args, **options)
+
+
+def _first_tensor(values: Any) -> Tensor | None:
+    if isinstance(values, Tensor):
+        return values
+    if isinstance(values, tuple | list):
+        for value in values:
+            found = _first_tensor(value)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,140 @@
+"""Linear combinations: Σ w·x and Σ w·(x − y), in float32, rounded once.
+
+Terms are either ``(w, x)``, worth w·x, or ``(w, x, y)``, worth w·(x − y) with the difference taken first. The
+difference form is exact where x = y and rounds wrongly far more rarely than the same sum term by term: in fp16 models
+x and y are close to each other, so their difference has no rounding error at all in float32.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdkernels.cast import accumulator
+from sdkernels.kernel import Case, Kernel, tl, triton
+
+Term = tuple[float, Tensor] | tuple[float, Tensor, Tensor]
+"""``(w, x)`` or ``(w, x, y)``: floating tensors of one shape."""
+
+_TERMS_PER_LAUNCH = 4
+_BLOCK = 1024
+
+
+def _dtypes(terms: Sequence[Term]) -> list[torch.dtype]:
+    return [x.dtype for _, *tensors in terms for x in tensors]
+
+
+def reference(terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
+    """Add up `terms`, in order, each after the first with a fused multiply-add.
+
+    Args:
+        terms: at least one; all tensors have one shape, any floating type.
+        out: where to round the sum to, of the same shape, any floating type, and none of the terms' tensors.
+
+    Returns:
+        `out`, or a new tensor in the accumulator's type (float32; float64 where a term has it).
+    """
+    dtype = accumulator(*_dtypes(terms))
+    total: Tensor | None = None
+    for weight, first, *second in terms:
+        value = first.to(dtype)
+        if second:
+            value = value - second[0].to(dtype)
+        if total is not None:
+            total = torch.add(total, value, alpha=weight)
+        elif weight == 1:
+            total = value
+        else:
+            total = value * weight
+    assert total is not None, "a sum of no terms has no shape"
+    if out is not None:
+        return out.copy_(total)
+    return total.clone() if total is terms[0][1] else total
+
+
+@triton.jit
+def _add_term(total, x, y, weight, at, inside, PAIRED: tl.constexpr):  # type: ignore[no-untyped-def]
+    value = tl.load(x + at, mask=inside).to(tl.float32)
+    if PAIRED:
+        value = value - tl.load(y + at, mask=inside).to(tl.float32)
+    return tl.fma(value, tl.zeros_like(value) + weight, total)
+
+
+@triton.jit
+def _sum_kernel(  # type: ignore[no-untyped-def]
+    out, partial_sum, x0, x1, x2, x3, y0, y1, y2, y3, w0, w1, w2, w3, count,
+    TERMS: tl.constexpr, PAIRS: tl.constexpr, CONTINUES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    if CONTINUES:
+        total = tl.load(partial_sum + at, mask=inside)
+    total = _add_term(total, x0, y0, w0, at, inside, PAIRS & 1)
+    if TERMS > 1:
+        total = _add_term(total, x1, y1, w1, at, inside, PAIRS & 2)
+    if TERMS > 2:
+        total = _add_term(total, x2, y2, w2, at, inside, PAIRS & 4)
+    if TERMS > 3:
+        total = _add_term(total, x3, y3, w3, at, inside, PAIRS & 8)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+def fast(terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
+    """Do what `reference` does, four terms a launch."""
+    if torch.float64 in _dtypes(terms):  # Triton passes scalars as float32
+        return reference(terms, out)
+    first = terms[0][1]
+    count = first.numel()
+    target = torch.empty_like(first, dtype=torch.float32) if out is None else out
+    if count == 0:
+        return target
+    total: Tensor | None = None
+    for start in range(0, len(terms), _TERMS_PER_LAUNCH):
+        group = terms[start : start + _TERMS_PER_LAUNCH]
+        last = start + len(group) == len(terms)
+        into = target if last else torch.empty_like(first, dtype=torch.float32)
+        _launch(group, into, total, count)
+        total = into
+    return target
+
+
+def _launch(group: Sequence[Term], into: Tensor, total: Tensor | None, count: int) -> None:
+    spare = group[0][1]
+    missing = _TERMS_PER_LAUNCH - len(group)
+    xs = [term[1].contiguous() for term in group] + [spare] * missing
+    ys = [term[2].contiguous() if len(term) == 3 else spare for term in group] + [spare] * missing
+    weights = [float(term[0]) for term in group] + [0.0] * missing
+    pairs = sum(1 << i for i, term in enumerate(group) if len(term) == 3)
+    grid = (triton.cdiv(count, _BLOCK),)
+    _sum_kernel[grid](
+        into, into if total is None else total, *xs, *ys, *weights, count,
+        TERMS=len(group), PAIRS=pairs, CONTINUES=total is not None, BLOCK=_BLOCK,
+    )  # fmt: skip
+
+
+def cases() -> Iterable[Case]:
+    """Sizes around the block, every input type, one to six terms, with and without differences."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2):
+        for count, forms in ((1, "d"), (1023, "xd"), (1024, "xx"), (4097, "xxx"), (2050, "dxdxxd")):
+            name = f"{str(dtype).removeprefix('torch.')}-{count}-{forms}"
+            tensors = sum(2 if form == "d" else 1 for form in forms)
+            moved = count * dtype.itemsize * (tensors + 1)
+            yield Case(name, partial(_make, dtype, count, forms), moved)
+
+
+def _make(dtype: torch.dtype, count: int, forms: str, device: torch.device) -> tuple[Any, ...]:
+    source = torch.Generator().manual_seed(count)
+
+    def tensor() -> Tensor:
+        return torch.randn(count, generator=source).to(dtype).to(device)
+
+    terms = tuple(
+        (0.7 - 0.2 * i, tensor(), tensor()) if form == "d" else (0.3 + 0.1 * i, tensor()) for i, form in enumerate(forms)
+    )
+    return terms, torch.empty(count, dtype=dtype, device=device)
+
+
+combine = Kernel("linear.combine", reference, fast, cases)
