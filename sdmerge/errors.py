@@ -1,0 +1,42 @@
+"""What can be wrong with a request, as one small tree beside `sdformats.errors` (what can be wrong with a file).
+
+::
+
+    SdmergeError
+    ├── RequestError        the request contradicts itself or the files (wrong number of models, unknown value, …)
+    │   └── FamilyError     models of different families, or a family that the files do not show
+    ├── MismatchError       tensors that should match do not (missing keys, shapes)
+    └── ValueRefused        numbers that would spoil the result
+        ├── NonFiniteInput  NaN or infinity in an input
+        └── OutputOverflow  a result too large for the output type
+"""
+
+from __future__ import annotations
+
+
+class SdmergeError(Exception):
+    """Root of all errors about a request. The message is one line: what, where, expected, next step."""
+
+
+class RequestError(SdmergeError):
+    """The request contradicts itself or the files."""
+
+
+class FamilyError(RequestError):
+    """Models of different families, or a family that the files do not show."""
+
+
+class MismatchError(SdmergeError):
+    """Tensors that should match do not."""
+
+
+class ValueRefused(SdmergeError):
+    """Numbers that would spoil the result."""
+
+
+class NonFiniteInput(ValueRefused):
+    """NaN or infinity in an input."""
+
+
+class OutputOverflow(ValueRefused):
+    """A result too large for the output type."""

@@ -1,0 +1,185 @@
+"""What an output's metadata says about where it came from.
+
+``sdmerge.recipe`` is enough to run the merge again; ``sdmerge.inputs`` identifies the inputs by name, size and fingerprint
+(and sha256 where asked for). Names only, never folders: a published file must not tell about its maker's disk. No dates
+either: the same merge gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from sdmerge import hashing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from sdformats.positional import InputFile
+    from sdformats.tensor import TensorSource
+
+    from sdmerge.options import Options
+    from sdmerge.step import Plan
+
+RECIPE_VERSION = 1
+_SAMPLE = 4096
+_SAMPLES = 16
+_HEAD = 64 << 10
+_ARCHITECTURES = {
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2-512",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+    "sd3": "stable-diffusion-3-medium",
+    "flux": "flux-1-dev",
+}
+_RESOLUTIONS = {"sd1": 512, "sd2": 512, "sdxl": 1024, "sdxl-refiner": 1024, "sd3": 1024, "flux": 1024}
+_A1111_NAMES = {"add_difference": "Add difference", "weighted_sum": "Weighted sum"}
+
+
+def fingerprint(source: TensorSource) -> str:
+    """Return a cheap identity of a file or folder: sha256, in hex, over a sample of each of its files.
+
+    Of each file, in order: its size as 8 little-endian bytes, its first 64 KiB (the header of most files), 16 blocks of
+    4 KiB at equal distances, and its last 4 KiB. It tells files apart that were made differently; it is no protection
+    against someone who wants two files to look alike.
+    """
+    digest = hashlib.sha256()
+    for file in source.files:
+        digest.update(file.size.to_bytes(8, "little"))
+        for offset, size in _sampled(file):
+            digest.update(file.read(offset, size))
+    return digest.hexdigest()
+
+
+def _sampled(file: InputFile) -> list[tuple[int, int]]:
+    spots = [(0, _HEAD)]
+    spots += [(file.size * i // _SAMPLES, _SAMPLE) for i in range(_SAMPLES)]
+    spots.append((max(0, file.size - _SAMPLE), _SAMPLE))
+    return [(offset, min(size, file.size - offset)) for offset, size in spots]
+
+
+def describe_inputs(sources: Sequence[TensorSource], labels: Sequence[str], options: Options) -> list[dict[str, Any]]:
+    """Return what identifies each input, ready for JSON."""
+    found = []
+    for label, source in zip(labels, sources, strict=True):
+        entry: dict[str, Any] = {
+            "id": label,
+            "name": source.path.name,
+            "size": sum(file.size for file in source.files),
+            "fingerprint": fingerprint(source),
+        }
+        if len(source.files) == 1:
+            entry["legacy_hash"] = hashing.legacy(source.files[0])
+            if options.hash_inputs:
+                entry["sha256"] = hashing.sha256(source.files[0])
+        elif options.hash_inputs:
+            entry["sha256"] = {str(file.path.relative_to(source.path)): hashing.sha256(file) for file in source.files}
+        if "sdmerge.recipe" in source.metadata:
+            entry["recipe"] = source.metadata["sdmerge.recipe"]
+        found.append(entry)
+    return found
+
+
+def merge_metadata(
+    plan: Plan, method: str, values: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]], options: Options, output: Path
+) -> dict[str, str]:
+    """Return the metadata of a merge's output; all values are texts, as safetensors wants it."""
+    recipe = {
+        "version": RECIPE_VERSION,
+        "merge": {
+            "method": method,
+            "models": [entry["id"] for entry in inputs if entry["id"] != "VAE"],
+            "parameters": dict(values),
+        },
+        "options": {
+            "dtype": options.dtype,
+            "missing": options.missing,
+            "ema": options.ema,
+            "overflow": options.overflow,
+            "allow_nonfinite": options.allow_nonfinite,
+            "vae": "VAE" if options.vae is not None else None,
+            "family": options.family,
+        },
+    }
+    return {
+        "format": "pt",
+        "sdmerge.recipe": _json(recipe),
+        "sdmerge.inputs": _json(list(inputs)),
+        "sd_merge_recipe": _json(_a1111_recipe(method, values, inputs, options, output)),
+        "sd_merge_models": _json(_a1111_models(plan, inputs)),
+        **_modelspec(plan, inputs, output),
+    }
+
+
+def convert_metadata(source: TensorSource) -> dict[str, str]:
+    """Return the metadata of a conversion: what the file carried, and the format's own mark."""
+    return {**source.metadata, "format": "pt"}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _hash_of(entry: Mapping[str, Any]) -> str:
+    sha = entry.get("sha256")
+    return sha if isinstance(sha, str) else entry.get("legacy_hash", entry["fingerprint"])
+
+
+def _a1111_recipe(
+    method: str, values: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]], options: Options, output: Path
+) -> dict[str, Any]:
+    models = [_hash_of(entry) for entry in inputs if entry["id"] != "VAE"]
+    weights = values.get("weights")
+    return {
+        "type": "sdmerge",
+        "primary_model_hash": models[0],
+        "secondary_model_hash": models[1] if len(models) > 1 else None,
+        "tertiary_model_hash": models[2] if len(models) > 2 else None,
+        "interp_method": _A1111_NAMES.get(method, method),
+        "multiplier": values["alpha"] if "alpha" in values else (weights[1] if weights and len(weights) == 2 else weights),
+        "save_as_half": options.dtype == "fp16",
+        "custom_name": output.stem,
+        "bake_in_vae": next((entry["name"] for entry in inputs if entry["id"] == "VAE"), "None"),
+    }
+
+
+def _a1111_models(plan: Plan, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    models = {}
+    for source, entry in zip(plan.sources, inputs, strict=True):
+        earlier = source.metadata.get("sd_merge_recipe")
+        models[_hash_of(entry)] = {
+            "name": entry["name"],
+            "legacy_hash": entry.get("legacy_hash"),
+            "sd_merge_recipe": _parsed(earlier),
+        }
+    return models
+
+
+def _parsed(text: str | None) -> Any:
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _modelspec(plan: Plan, inputs: Sequence[Mapping[str, Any]], output: Path) -> dict[str, str]:
+    found = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": output.stem,
+        "modelspec.merged_from": ", ".join(_title(s, e) for s, e in zip(plan.sources, inputs, strict=True)),
+    }
+    if plan.family in _ARCHITECTURES:
+        suffix = "" if plan.variant in (None, "base") else f"-{plan.variant}"
+        found["modelspec.architecture"] = _ARCHITECTURES[plan.family] + suffix
+        found["modelspec.resolution"] = f"{_RESOLUTIONS[plan.family]}x{_RESOLUTIONS[plan.family]}"
+    if "v_pred" in plan.specs:
+        found["modelspec.prediction_type"] = "v"
+    return found
+
+
+def _title(source: TensorSource, entry: Mapping[str, Any]) -> str:
+    title = source.metadata.get("modelspec.title") or str(entry["name"]).removesuffix(".safetensors").removesuffix(".ckpt")
+    return title.replace(",", " ")

@@ -1,0 +1,101 @@
+"""What a run will do: one `Step` for each tensor of the output, known completely before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sdformats.tensor import Spec, TensorSource
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A tensor of an input.
+
+    Attributes:
+        scale: the key of the factor that an fp8 tensor must be multiplied with, in the same source.
+    """
+
+    source: TensorSource
+    key: str
+    scale: str | None = None
+
+    @property
+    def spec(self) -> Spec:
+        """Shape and type as stored."""
+        return self.source.specs[self.key]
+
+    def __str__(self) -> str:
+        return f"{self.source.path}: {self.key!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One tensor of the output.
+
+    Attributes:
+        name: its name there.
+        spec: its shape and type there.
+        reads: what it is made from. Their shapes equal the output's unless `whole`.
+        compute: takes the reads as float32 (float64 where one is stored so) and returns the result in that type, to be
+            rounded once; a method on blocks, or on whole tensors where `whole`. None: the first read is copied.
+        whole: `compute` needs whole tensors.
+        propagates: see `Method.propagates`.
+        why: what a dry run says about it.
+    """
+
+    name: str
+    spec: Spec
+    reads: tuple[Read, ...]
+    compute: Callable[..., Tensor] | None = None
+    whole: bool = False
+    propagates: bool = False
+    why: str = "merge"
+
+    @property
+    def cost(self) -> int:
+        """Bytes read and written."""
+        return self.spec.nbytes + sum(read.spec.nbytes for read in self.reads)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every step, in the order in which their inputs lie on the disk.
+
+    Attributes:
+        names: the output's tensors, in the order in which they will be listed.
+        notes: what was decided on the way that the user should know.
+        family: what the output is, where that is known.
+    """
+
+    steps: tuple[Step, ...]
+    names: tuple[str, ...]
+    sources: tuple[TensorSource, ...]
+    notes: tuple[str, ...] = ()
+    family: str | None = None
+    variant: str | None = None
+    specs: Mapping[str, Spec] = field(init=False)
+
+    def __post_init__(self) -> None:
+        by_name = {step.name: step.spec for step in self.steps}
+        object.__setattr__(self, "specs", {name: by_name[name] for name in self.names})
+
+    @property
+    def cost(self) -> int:
+        """Bytes read and written in all."""
+        return sum(step.cost for step in self.steps)
+
+
+def ordered(steps: list[Step], sources: tuple[TensorSource, ...]) -> tuple[Step, ...]:
+    """Sort steps so that the first source is read from front to back."""
+    index = {id(source): i for i, source in enumerate(sources)}
+
+    def place(step: Step) -> tuple[int, int, int]:
+        first = step.reads[0]
+        return (index[id(first.source)], *first.source.position(first.key))
+
+    return tuple(sorted(steps, key=place))
