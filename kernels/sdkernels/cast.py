@@ -4,6 +4,8 @@ All roundings are to nearest, ties to even. What is too large for the output typ
 caller decides; a conversion never decides in silence.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ def accumulator(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+@cache
 def limit(dtype: torch.dtype) -> float:
     """Return the largest magnitude that still rounds to a finite value of `dtype`, as float64.
 

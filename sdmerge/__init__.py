@@ -1,0 +1,44 @@
+"""Read, convert, merge, bake, extract and train Stable Diffusion model files.
+
+::
+
+    import sdmerge
+    sdmerge.add_difference("a.safetensors", "b.ckpt", "c.safetensors", alpha=1.0, output="d.safetensors")
+
+Names are loaded when first used, so importing this package costs nothing; torch is loaded when something is computed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdmerge.api import Report as Report
+    from sdmerge.api import add_difference as add_difference
+    from sdmerge.api import convert as convert
+    from sdmerge.api import merge as merge
+    from sdmerge.api import weighted_sum as weighted_sum
+    from sdmerge.errors import SdmergeError as SdmergeError
+    from sdmerge.inspection import inspect_path as inspect_path
+    from sdmerge.options import Options as Options
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Report": "sdmerge.api",
+    "add_difference": "sdmerge.api",
+    "convert": "sdmerge.api",
+    "merge": "sdmerge.api",
+    "weighted_sum": "sdmerge.api",
+    "SdmergeError": "sdmerge.errors",
+    "inspect_path": "sdmerge.inspection",
+    "Options": "sdmerge.options",
+}
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - the names above, once
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'sdmerge' has no attribute {name!r}")

@@ -1,0 +1,97 @@
+"""The options that every command with an output has, and how their report is shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+import click
+
+from sdmerge.cli import screen
+from sdmerge.options import OUTPUT_TYPES, Ema, Missing, OptionFields, Overflow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sdmerge.api import Report
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+_OUTPUT = (
+    click.option("--dtype", type=click.Choice(list(OUTPUT_TYPES)), default="keep", show_default=True,
+                 help="Type of the floating tensors; keep takes A's."),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),
+    click.option("--threads", type=click.IntRange(1, 256), help="Default: the processor's cores, 8 at most."),
+    click.option("--overwrite", is_flag=True, help="Replace an existing output, when the new one is complete."),
+    click.option("--dry-run", is_flag=True, help="Decide everything, write nothing."),
+    click.option("--ema", type=click.Choice(get_args(Ema)), default="keep", show_default=True,
+                 help="model_ema.*: keep A's, leave them out, or use them in place of the plain weights."),
+    click.option("--overflow", type=click.Choice(get_args(Overflow)), default="refuse", show_default=True,
+                 help="Values too large for the output type."),
+    click.option("--allow-nonfinite", is_flag=True, help="Go on where an input holds NaN or infinity."),
+    click.option("--family", help="What the models are, where their structure does not tell."),
+    click.option("--quiet", is_flag=True, help="Say nothing but results, warnings and errors."),
+    click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output."),
+)  # fmt: skip
+_MERGE = (
+    click.option("-o", "--output", required=True, type=click.Path(), help="The .safetensors file to write."),
+    click.option("--missing", type=click.Choice(get_args(Missing)), default="keep", show_default=True,
+                 help="A tensor of A that another model lacks: keep A's value, leave it out, or stop."),
+    click.option("--vae", type=click.Path(), help="Take the VAE from this file."),
+    click.option("--hash", "hash_inputs", is_flag=True, help="Put the inputs' sha256 into the metadata (reads them once more)."),
+)  # fmt: skip
+
+
+def output_options(function: F) -> F:
+    """Add what every command that writes has."""
+    for option in reversed(_OUTPUT):
+        function = option(function)
+    return function
+
+
+def merge_options(function: F) -> F:
+    """Add what every merge has."""
+    function = output_options(function)
+    for option in reversed(_MERGE):
+        function = option(function)
+    return function
+
+
+def api_options(given: dict[str, Any]) -> OptionFields:
+    """Turn a command's parsed options into the python API's keyword arguments."""
+    screen.set_quiet(given["quiet"])
+    fields: OptionFields = {
+        name: given[name] for name in OptionFields.__annotations__ if name in given  # type: ignore[assignment, misc]
+    }
+    fields["progress"] = screen.progress
+    return fields
+
+
+def show(report: Report, *, as_json: bool) -> None:
+    """Tell what was done and decided: notes first, the result last."""
+    if as_json:
+        screen.json(
+            {
+                "output": str(report.output),
+                "written": report.written,
+                "bytes": report.nbytes,
+                "tensors": report.tensors,
+                "counts": dict(report.counts),
+                "family": report.family,
+                "notes": list(report.notes),
+                "nonfinite": dict(report.nonfinite),
+                "overflowed": dict(report.overflowed),
+                "seconds": round(report.seconds, 3),
+            }
+        )
+        return
+    for note in report.notes:
+        screen.say(f"note: {note}")
+    for what, found in (("NaN or infinity in", report.nonfinite), ("too large in", report.overflowed)):
+        for name, count in found.items():
+            screen.warn(f"{count:,} elements {what} {name}")
+    counts = ", ".join(f"{count:,} {why}" for why, count in report.counts.items())
+    size = screen.human(report.nbytes)
+    if report.written:
+        screen.say(f"{report.output}: {report.tensors:,} tensors ({counts}), {size} in {report.seconds:.1f} s")
+    else:
+        screen.out(f"{report.output}: would hold {report.tensors:,} tensors ({counts}), {size}; nothing was written")
