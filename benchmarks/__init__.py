@@ -1,0 +1,1 @@
+"""Measurements of what sdmerge promises: see README.md in this folder."""

@@ -1,0 +1,101 @@
+"""The measured process: takes one request, imports the tool, measures the call, prints the answer.
+
+Tools are imported by name when they are asked for, so that a peer's interpreter needs nothing but that peer.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.floor import read_and_write
+from benchmarks.measure import measure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Request = dict[str, Any]
+    Call = Callable[[], object]
+
+
+def prepare_floor(request: Request) -> Call:
+    """See `floor.read_and_write`."""
+    inputs = [Path(path) for path in request["inputs"]]
+    output, threads, overlap = Path(request["output"]), request["threads"], request["overlap"]
+    return lambda: read_and_write(inputs, output, threads=threads, overlap=overlap)
+
+
+def prepare_sdmerge(request: Request) -> Call:
+    """Prepare the call that a user of the python API makes. Idle means: torch is imported too."""
+    sdmerge = import_module("sdmerge")
+    import_module("torch")
+    job, inputs = request["job"], request["inputs"]
+    add_difference, weighted_sum = sdmerge.add_difference, sdmerge.weighted_sum
+    common = {"output": request["output"], "threads": request["threads"], "overwrite": True}
+    if job["operation"] == "add-diff":
+        return lambda: add_difference(*inputs, alpha=job["alpha"], **common)
+    if job["alpha"] is not None:
+        return lambda: weighted_sum(inputs, alpha=job["alpha"], **common)
+    return lambda: weighted_sum(inputs, weights=list(job["coefficients"]), **common)
+
+
+def prepare_mecha(request: Request) -> Call:
+    """Prepare a recipe as the documentation of sd-mecha builds it.
+
+    Its defaults: float32 arithmetic, float16 out, as many threads as it likes.
+    """
+    mecha = import_module("sd_mecha")
+    job, output = request["job"], request["output"]
+    models = [mecha.model(path) for path in request["inputs"]]
+    if job["operation"] == "add-diff":
+        recipe = mecha.add_difference(models[0], mecha.subtract(models[1], models[2]), alpha=job["alpha"])
+        return lambda: mecha.merge(recipe, output=output)
+    recipe, total = models[0], job["coefficients"][0]
+    for model, weight in zip(models[1:], job["coefficients"][1:], strict=True):
+        total += weight
+        recipe = mecha.weighted_sum(recipe, model, alpha=weight / total)
+    return lambda: mecha.merge(recipe, output=output)
+
+
+def prepare_mergekit(request: Request) -> Call:
+    """Prepare ``mergekit-pytorch``, its command for raw checkpoints, with its method ``linear``.
+
+    It accumulates in float32 and rounds once. Its defaults otherwise.
+    """
+    yaml, script = import_module("yaml"), import_module("mergekit.scripts.merge_raw_pytorch")
+    job, output = request["job"], Path(request["output"])
+    models = [
+        {"model": path, "parameters": {"weight": weight}}
+        for path, weight in zip(request["inputs"], job["coefficients"], strict=True)
+    ]
+    config = output.with_suffix(".yaml")
+    settings = {"merge_method": "linear", "models": models, "parameters": {"normalize": False}}
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    arguments = [str(config), str(output.with_suffix(""))]
+    return lambda: script.main(arguments, standalone_mode=False)
+
+
+TOOLS: dict[str, tuple[str, Callable[[Request], Call]]] = {
+    "floor": ("", prepare_floor),
+    "sdmerge": ("sdmerge", prepare_sdmerge),
+    "sd-mecha": ("sd-mecha", prepare_mecha),
+    "mergekit": ("mergekit", prepare_mergekit),
+}
+
+
+def main() -> None:
+    """Measure the request on standard input."""
+    request = json.load(sys.stdin)
+    package, prepare = TOOLS[request["tool"]]
+    measurement = measure(prepare(request))
+    version = importlib.metadata.version(package) if package else ""
+    print(json.dumps({"measurement": asdict(measurement), "version": version}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Full-size checkpoints to measure with: random, seeded, written once into a cache folder.
+
+The three files of a family look like fine-tunes of one base: the same base weights (standard deviation 0.02,
+norm weights around 1) plus changes of their own (standard deviation 0.001), and one autoencoder for all three.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sdformats.errors import FormatError
+from sdformats.safetensors import SafetensorsSink, SafetensorsSource
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from benchmarks.shapes import Family
+    from sdformats.tensor import Spec
+
+MODELS = ("a", "b", "c")
+BASE_DEVIATION = 0.02
+CHANGE_DEVIATION = 0.001
+_VERSION = "1"
+_POOL = 1 << 23
+_CHUNK = 1 << 20
+
+
+class Noise:
+    """Normal numbers in any amount, cheaply: slices of one pool at seeded places.
+
+    Drawing every number of three SDXL files would take minutes and change nothing that is measured.
+    """
+
+    def __init__(self, pool: int = _POOL) -> None:
+        generator = np.random.Generator(np.random.Philox(20_240_101))
+        self._pool = generator.standard_normal(pool, dtype=np.float32)
+
+    def take(self, count: int, *seed: int) -> NDArray[np.float32]:
+        """Return `count` numbers (at most the pool's size): the same for the same seed."""
+        start = np.random.default_rng(seed).integers(len(self._pool) - count + 1)
+        return self._pool[start : start + count]
+
+
+def model_files(
+    family: Family,
+    folder: Path,
+    *,
+    report: Callable[[str], None] = lambda _: None,
+    noise: Noise | None = None,
+) -> tuple[Path, ...]:
+    """Return the three files of a family, in the order A, B, C; write those that are not there yet.
+
+    Args:
+        family: what to write.
+        folder: where; made if it is missing.
+        report: told each file that has to be written.
+        noise: where the numbers come from.
+
+    Raises:
+        WriteError: the folder has too little room or cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    specs = family.specs()
+    paths = tuple(folder / f"{family.name}-{model}.safetensors" for model in MODELS)
+    missing = [index for index, path in enumerate(paths) if not _is_current(path, specs)]
+    if missing:
+        noise = noise or Noise()
+    for index in missing:
+        assert noise is not None
+        report(f"writing {paths[index].name} ({sum(spec.nbytes for spec in specs.values()) / 1e9:.1f} GB)")
+        _write(paths[index], specs, index, noise)
+    return paths
+
+
+def _is_current(path: Path, specs: Mapping[str, Spec]) -> bool:
+    try:
+        with SafetensorsSource(path) as source:
+            return source.metadata.get("sdmerge.bench") == _VERSION and dict(source.specs) == specs
+    except FormatError:
+        return False
+
+
+def _write(path: Path, specs: Mapping[str, Spec], model: int, noise: Noise) -> None:
+    metadata = {"format": "pt", "sdmerge.bench": _VERSION}
+    with SafetensorsSink(path, specs, metadata, overwrite=True) as sink:
+        for name, spec in specs.items():
+            if not spec.dtype.is_float:
+                sink.write(name, 0, np.arange(spec.numel, dtype="<i8").data.cast("B"))
+                continue
+            for start in range(0, spec.numel, _CHUNK):
+                sink.write(name, 2 * start, _weights(name, spec, model, start, noise).data.cast("B"))
+
+
+def _weights(name: str, spec: Spec, model: int, start: int, noise: Noise) -> NDArray[np.float16]:
+    """Return the chunk of a tensor that begins at element `start`."""
+    count = min(_CHUNK, spec.numel - start)
+    key = zlib.crc32(name.encode())
+    values = BASE_DEVIATION * noise.take(count, key, start)
+    if len(spec.shape) == 1 and name.endswith(".weight"):  # only norms have weights of rank 1
+        values += 1
+    if not name.startswith("first_stage_model."):
+        values += CHANGE_DEVIATION * noise.take(count, key, start, model + 1)
+    return values.astype("<f2")

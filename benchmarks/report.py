@@ -1,0 +1,142 @@
+"""The results of a benchmark: what is written as JSON, and the table on the screen."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from benchmarks.jobs import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.exactness import Exactness
+    from benchmarks.jobs import Outcome
+
+
+@dataclass(slots=True)
+class Result:
+    """All counted runs of one job by one tool, or why there are none."""
+
+    run: Run
+    outcomes: list[Outcome] = field(default_factory=list)
+    exactness: Exactness | None = None
+    failure: str | None = None
+
+    @property
+    def seconds(self) -> list[float]:
+        """Wall time of each counted run."""
+        return [outcome.measurement.seconds for outcome in self.outcomes]
+
+    @property
+    def median(self) -> float | None:
+        """Median wall time in seconds."""
+        return statistics.median(self.seconds) if self.outcomes else None
+
+    @property
+    def anonymous(self) -> int | None:
+        """Largest peak of anonymous memory over idle, in bytes."""
+        return _largest(outcome.measurement.anonymous for outcome in self.outcomes)
+
+    @property
+    def resident(self) -> int | None:
+        """Largest peak of resident memory over idle, in bytes."""
+        return _largest(outcome.measurement.resident for outcome in self.outcomes)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The results of one family of files, and what they are measured against."""
+
+    family: str
+    title: str
+    input_bytes: int
+    page_cache: str
+    results: Sequence[Result]
+
+    def floor(self, run: Run) -> float | None:
+        """Return the better floor with as many inputs as `run` has: the smallest median, in seconds."""
+        floors = [result for result in self.results if result.run.tool == "floor"]
+        alike = [floor.median for floor in floors if floor.run.job.models == run.job.models]
+        return min((median for median in alike if median is not None), default=None)
+
+    def product(self, run: Run) -> float | None:
+        """Return the median of sdmerge for the same job, in seconds."""
+        wanted = Run("sdmerge", run.job)
+        return next((result.median for result in self.results if result.run == wanted), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in plain values."""
+        return {
+            "family": self.family,
+            "input_bytes": self.input_bytes,
+            "page_cache": self.page_cache,
+            "results": [self._row(result) for result in self.results],
+        }
+
+    def _row(self, result: Result) -> dict[str, Any]:
+        exactness = result.exactness
+        return {
+            "tool": result.run.tool,
+            "version": result.outcomes[0].version if result.outcomes else "",
+            "job": result.run.label,
+            "seconds": [round(seconds, 3) for seconds in result.seconds],
+            "median_seconds": result.median,
+            "times_floor": ratio(result.median, self.floor(result.run)),
+            "times_sdmerge": ratio(result.median, self.product(result.run)),
+            "peak_anonymous_bytes": result.anonymous,
+            "peak_resident_bytes": result.resident,
+            "exactness": None
+            if exactness is None
+            else {name: getattr(exactness, name) for name in exactness.__dataclass_fields__},
+            "failure": result.failure,
+        }
+
+    def table(self) -> Table:
+        """Build the table for the screen."""
+        size = f"{self.input_bytes / 1e9:.1f} GB a file"
+        table = Table(title=f"{self.title}: {size}, page cache {self.page_cache}")
+        for column in ("tool", "job"):
+            table.add_column(column)
+        for column in ("seconds (range)", "x floor", "x sdmerge", "anonymous MB", "resident MB", "inexact"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for result in self.results:
+            if result.median is None:
+                table.add_row(result.run.tool, result.run.label, result.failure or "not run", style="dim")
+                continue
+            row = self._row(result)
+            spread = f"{result.median:.2f} ({min(result.seconds):.2f}-{max(result.seconds):.2f})"
+            ratios = (_times(row["times_floor"]), _times(row["times_sdmerge"]))
+            memory = (_megabytes(result.anonymous), _megabytes(result.resident))
+            numbers = (spread, *ratios, *memory, _inexact(result.exactness))
+            table.add_row(result.run.tool, result.run.label, *numbers)
+        return table
+
+
+def ratio(value: float | None, reference: float | None) -> float | None:
+    """`value` over `reference` where there are both, to three decimals."""
+    return None if value is None or not reference else round(value / reference, 3)
+
+
+def _largest(values: Any) -> int | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _megabytes(value: int | None) -> str:
+    return "?" if value is None else f"{value / 1e6:.0f}"
+
+
+def _inexact(found: Exactness | None) -> str:
+    if found is None:
+        return ""
+    text = f"{found.differing / max(1, found.elements):.3%}"
+    if found.wrong:
+        text += f", wrong {found.wrong / max(1, found.elements):.3%}"
+    return text + (f", {found.missing} missing" if found.missing else "")
