@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from sdformats.errors import OutputExists
 from sdformats.files import create_sink, open_source
 from sdformats.layout import detect
 
+from sdformats.errors import OutputExists
 from sdmerge import provenance
 from sdmerge.errors import RequestError
 from sdmerge.options import OptionFields, Options
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sdformats.layout import Detection
-    from sdformats.tensor import TensorSource
 
+    from sdformats.tensor import TensorSource
     from sdmerge.step import Plan
 
     PathLike = str | os.PathLike[str]
@@ -113,11 +113,16 @@ def weighted_sum(
 
 
 def merge(
-    method: str, models: Sequence[PathLike], values: Mapping[str, Any], *, output: PathLike, **options: Unpack[OptionFields]
+    method: str,
+    models: Sequence[PathLike],
+    values: Mapping[str, Any],
+    *,
+    output: PathLike,
+    **options: Unpack[OptionFields],
 ) -> Report:
     """Merge models by any registered method. See `add_difference` for the arguments and errors."""
-    from sdmerge import methods  # noqa: F401, PLC0415 - registers them; late, for it leads to torch
-    from sdmerge.method import METHODS  # noqa: PLC0415
+    from sdmerge import methods  # noqa: F401 - registers them; late, for it leads to torch
+    from sdmerge.method import METHODS
 
     started = time.perf_counter()
     chosen = Options(**options)
@@ -174,7 +179,9 @@ def _check_output(target: Path, plan: Plan, options: Options) -> None:
         for file in source.files:
             if (file.identity.device, file.identity.inode) == (there.st_dev, there.st_ino):
                 raise OutputExists(
-                    f"is the input {file.path}", path=target, advice="choose another name, or --overwrite to replace it when done"
+                    f"is the input {file.path}",
+                    path=target,
+                    advice="choose another name, or --overwrite to replace it when done",
                 )
     raise OutputExists("exists already", path=target, advice="pass --overwrite, or choose another name")
 
@@ -182,7 +189,7 @@ def _check_output(target: Path, plan: Plan, options: Options) -> None:
 def _execute(
     plan: Plan, metadata: Mapping[str, str], target: Path, options: Options, started: float, label: str
 ) -> Report:
-    from sdmerge.run import run  # noqa: PLC0415 - it needs torch
+    from sdmerge.run import run
 
     shown = options.progress or (lambda _label, _total: nullcontext(lambda _done: None))
     with create_sink(target, plan.specs, metadata, like=plan.sources[0], overwrite=options.overwrite) as sink:

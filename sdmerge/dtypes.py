@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from sdformats.tensor import DType
 
 TORCH = {

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 from sdformats.tensor import DType
-
 from sdmerge.errors import RequestError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sdformats.layout import Detection
-    from sdformats.tensor import TensorSource
 
+    from sdformats.tensor import TensorSource
     from sdmerge.method import Method
     from sdmerge.options import Options
 
@@ -58,7 +58,9 @@ def plan_merge(
     sources = [source for source, _ in models]
     if vae is not None:
         source, seen = vae
-        steps.update(policy.vae_steps(first.tensors, policy.view("VAE", source, seen, options, notes), first, options, notes))
+        steps.update(
+            policy.vae_steps(first.tensors, policy.view("VAE", source, seen, options, notes), first, options, notes)
+        )
         sources.append(source)
     return _finish(steps, tuple(sources), notes, models[0][1], options)
 

@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from sdformats.tensor import DType, Spec
-
 from sdmerge.errors import FamilyError, MismatchError, RequestError
 from sdmerge.step import Read, Step
 
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from sdformats.layout import Detection
-    from sdformats.tensor import TensorSource
     from torch import Tensor
 
+    from sdformats.tensor import TensorSource
     from sdmerge.options import Options
 
 EMA = "model_ema."
@@ -28,9 +27,22 @@ COMPUTABLE = frozenset({DType.F8_E4M3, DType.F8_E5M2, DType.F16, DType.BF16, DTy
 """Element types that can be merged; all others are copied from A."""
 
 _SCHEDULE = frozenset(
-    "betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod "
-    "log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance "
-    "posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 logvar denoiser.sigmas".split()
+    {
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "betas",
+        "denoiser.sigmas",
+        "log_one_minus_alphas_cumprod",
+        "logvar",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+        "posterior_variance",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+    }
 )
 """The noise schedule, as buffers of old checkpoints: no weights, and spoiled by a narrower type."""
 _MARKERS = ("v_pred", "ztsnr")
@@ -92,7 +104,11 @@ def view(label: str, source: TensorSource, detection: Detection, options: Option
             averaged += 1
         tensors[name] = Read(source, key)
     if options.ema == "use":
-        notes.add(f"{label}: {averaged} tensors taken from its moving average" if averaged else f"{label}: has no moving average")
+        notes.add(
+            f"{label}: {averaged} tensors taken from its moving average"
+            if averaged
+            else f"{label}: has no moving average"
+        )
     elif options.ema == "drop" and any(name.startswith(EMA) for name in specs):
         notes.add(f"{label}: its moving average (model_ema.*) is left out")
     return View(label, source, detection, _scaled(label, tensors, notes))
@@ -111,7 +127,9 @@ def _scaled(label: str, tensors: dict[str, Read], notes: Notes) -> dict[str, Rea
                 raise MismatchError(
                     f"{tensors[scale]}: is {factor} (expected one factor, or one for each of {read.spec.shape[:1]} rows)"
                 )
-            notes.add(f"{label}: fp8 weights are multiplied with their scale_weight first; the factors are left out", name)
+            notes.add(
+                f"{label}: fp8 weights are multiplied with their scale_weight first; the factors are left out", name
+            )
             read = Read(read.source, read.key, tensors[scale].key)  # noqa: PLW2901 - the same read, with its factor
         found[name] = read
     return found
@@ -144,13 +162,19 @@ def check_together(views: Sequence[View], options: Options, notes: Notes) -> Non
                 f"{other.source.path}): their tensors have different names; convert one of them first"
             )
         if not first.tensors.keys() & other.tensors.keys():
-            raise FamilyError(f"{first.source.path} and {other.source.path} have no tensor in common; nothing can be merged")
+            raise FamilyError(
+                f"{first.source.path} and {other.source.path} have no tensor in common; nothing can be merged"
+            )
         if mine.variant != theirs.variant and mine.family == theirs.family:
-            notes.add(f"{first.label} is {mine.family} {mine.variant}, {other.label} is {theirs.family} {theirs.variant}")
+            notes.add(
+                f"{first.label} is {mine.family} {mine.variant}, {other.label} is {theirs.family} {theirs.variant}"
+            )
         for marker in _MARKERS:
             if (marker in first.tensors) != (marker in other.tensors):
                 has = first if marker in first.tensors else other
-                notes.add(f"only some of the models carry the marker {marker!r} ({has.label} does); the output follows A")
+                notes.add(
+                    f"only some of the models carry the marker {marker!r} ({has.label} does); the output follows A"
+                )
 
 
 def reports_extra(name: str) -> bool:
@@ -159,7 +183,13 @@ def reports_extra(name: str) -> bool:
 
 
 def merge_step(
-    name: str, reads: Sequence[Read | None], method: Callable[..., Tensor], labels: str, options: Options, notes: Notes, **flags: bool
+    name: str,
+    reads: Sequence[Read | None],
+    method: Callable[..., Tensor],
+    labels: str,
+    options: Options,
+    notes: Notes,
+    **flags: bool,
 ) -> Step | None:
     """Decide about one of A's tensors: merge, copy, or leave out (None).
 
@@ -194,7 +224,9 @@ def merge_step(
 def copy_step(name: str, read: Read, options: Options, notes: Notes, why: str = "copy") -> Step:
     """Take a tensor as it is, in the output's type where it is a floating one."""
     if read.scale is not None:
-        return Step(name, Spec(read.spec.shape, _output_type(read, options, notes)), (read,), _same, whole=True, why=why)
+        return Step(
+            name, Spec(read.spec.shape, _output_type(read, options, notes)), (read,), _same, whole=True, why=why
+        )
     keep = read.spec.dtype not in COMPUTABLE or name in _SCHEDULE or options.output_type is None
     dtype = read.spec.dtype if keep or options.output_type is None else options.output_type
     return Step(name, Spec(read.spec.shape, dtype), (read,), why=why)
@@ -208,7 +240,7 @@ def _kept_as_is(name: str, read: Read, options: Options, notes: Notes) -> Step |
     """Return the step for a tensor that is never blended, or None."""
     if name.rpartition(".")[2] == "position_ids" and read.spec.dtype in COMPUTABLE:
         notes.add("position_ids were stored as floating numbers and are rebuilt as whole ones", name)
-        return Step(name, Spec(read.spec.shape, DType.I64), (read,), partial(_arange), whole=True, why="rebuild")
+        return Step(name, Spec(read.spec.shape, DType.I64), (read,), _arange, whole=True, why="rebuild")
     special = name.rpartition(".")[2] in ("position_ids", "logit_scale") or name in _SCHEDULE or name in _MARKERS
     if special or read.spec.dtype not in COMPUTABLE or name.startswith(EMA):
         return copy_step(name, read, options, notes)
@@ -224,7 +256,9 @@ def _arange(x: Tensor) -> Tensor:
 def _missing(name: str, first: Read, absent: str, options: Options, notes: Notes) -> Step | None:
     where = " and ".join(absent)
     if options.missing == "error":
-        raise MismatchError(f"{first}: is missing in {where}; --missing keep takes A's value, --missing drop leaves it out")
+        raise MismatchError(
+            f"{first}: is missing in {where}; --missing keep takes A's value, --missing drop leaves it out"
+        )
     if options.missing == "drop":
         notes.add(f"missing in {where}, left out", name)
         return None
@@ -241,9 +275,7 @@ def _output_type(first: Read, options: Options, notes: Notes) -> DType:
     return first.spec.dtype
 
 
-def _shared_channels(
-    name: str, spec: Spec, reads: Sequence[Read], method: Callable[..., Tensor], notes: Notes
-) -> Step:
+def _shared_channels(name: str, spec: Spec, reads: Sequence[Read], method: Callable[..., Tensor], notes: Notes) -> Step:
     """Merge the input channels that all first convolutions have; A's further ones stay (inpainting 9, pix2pix 8)."""
     shapes = [read.spec.shape for read in reads]
     first_conv = any(name == prefix + conv for prefix in _NARROW_OK for conv in _FIRST_CONVS)
@@ -266,9 +298,7 @@ def _merge_channels(method: Callable[..., Tensor], shared: int, *tensors: Tensor
     return result
 
 
-def vae_steps(
-    names: Iterable[str], vae: View, first: View, options: Options, notes: Notes
-) -> dict[str, Step]:
+def vae_steps(names: Iterable[str], vae: View, first: View, options: Options, notes: Notes) -> dict[str, Step]:
     """Return steps that take the VAE from `vae`, under A's names.
 
     Raises:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from sdformats.positional import InputFile
     from sdformats.tensor import TensorSource
-
     from sdmerge.options import Options
     from sdmerge.step import Plan
 
@@ -84,7 +83,12 @@ def describe_inputs(sources: Sequence[TensorSource], labels: Sequence[str], opti
 
 
 def merge_metadata(
-    plan: Plan, method: str, values: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]], options: Options, output: Path
+    plan: Plan,
+    method: str,
+    values: Mapping[str, Any],
+    inputs: Sequence[Mapping[str, Any]],
+    options: Options,
+    output: Path,
 ) -> dict[str, str]:
     """Return the metadata of a merge's output; all values are texts, as safetensors wants it."""
     recipe = {
@@ -139,7 +143,9 @@ def _a1111_recipe(
         "secondary_model_hash": models[1] if len(models) > 1 else None,
         "tertiary_model_hash": models[2] if len(models) > 2 else None,
         "interp_method": _A1111_NAMES.get(method, method),
-        "multiplier": values["alpha"] if "alpha" in values else (weights[1] if weights and len(weights) == 2 else weights),
+        "multiplier": values["alpha"]
+        if "alpha" in values
+        else (weights[1] if weights and len(weights) == 2 else weights),
         "save_as_half": options.dtype == "fp16",
         "custom_name": output.stem,
         "bake_in_vae": next((entry["name"] for entry in inputs if entry["id"] == "VAE"), "None"),
@@ -181,5 +187,7 @@ def _modelspec(plan: Plan, inputs: Sequence[Mapping[str, Any]], output: Path) ->
 
 
 def _title(source: TensorSource, entry: Mapping[str, Any]) -> str:
-    title = source.metadata.get("modelspec.title") or str(entry["name"]).removesuffix(".safetensors").removesuffix(".ckpt")
+    title = source.metadata.get("modelspec.title") or str(entry["name"]).removesuffix(".safetensors").removesuffix(
+        ".ckpt"
+    )
     return title.replace(",", " ")

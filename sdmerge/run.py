@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from sdkernels import cast
 from torch import Tensor
 
+from sdkernels import cast
 from sdmerge.dtypes import TORCH
 from sdmerge.errors import NonFiniteInput, OutputOverflow, RequestError
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sdformats.tensor import TensorSink
-
     from sdmerge.options import Options
     from sdmerge.step import Plan, Read, Step
 
@@ -130,7 +129,7 @@ class _Job:
                     if block is None:
                         return
                     worker.do(*block)
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+        except BaseException as error:
             with self._lock:
                 self.error = self.error or error
             self.stop.set()
@@ -189,7 +188,7 @@ class _Buffer:
 
     def __init__(self, nbytes: int, *, pinned: bool) -> None:
         self._tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
-        self._view = memoryview(self._tensor.numpy())
+        self._view = as_bytes(self._tensor)
 
     def bytes(self, nbytes: int) -> memoryview:
         return self._view[:nbytes]
@@ -204,7 +203,7 @@ class _Worker:
     def __init__(self, job: _Job) -> None:
         self.job = job
         self.pinned = job.device.type == "cuda"
-        self.stream = torch.cuda.Stream(job.device) if self.pinned else None
+        self.stream = torch.cuda.Stream(job.device) if self.pinned else None  # type: ignore[no-untyped-call]
         self.inputs: list[_Buffer] = []
         self.wide: list[Tensor] = []
         self.output = _Buffer(BLOCK * _WIDEST, pinned=self.pinned)
@@ -275,7 +274,7 @@ class _Worker:
         else:
             out.copy_(result)
         if step.spec.nbytes:
-            self.job.sink.write(step.name, 0, memoryview(out.reshape(-1).view(torch.uint8).numpy()))
+            self.job.sink.write(step.name, 0, as_bytes(out))
 
     def _check(self, step: Step, values: list[Tensor], result: Tensor, dtype: torch.dtype) -> None:
         """Look for NaN, infinity and overflow: one cheap reduction where all is well."""
@@ -296,7 +295,7 @@ class _Worker:
     def _widen(self, index: int, raw: Tensor, dtype: torch.dtype) -> Tensor:
         if self.stream is not None:
             return raw.to(self.job.device, non_blocking=True).to(dtype)
-        if raw.dtype == dtype or raw.dtype == torch.float64:
+        if raw.dtype in (dtype, torch.float64):
             return raw
         while len(self.wide) <= index:
             self.wide.append(torch.empty(BLOCK, dtype=torch.float32))
@@ -304,10 +303,17 @@ class _Worker:
         return target[: raw.numel()].copy_(raw)
 
 
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor, writable, as bytes."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 def whole(read: Read) -> Tensor:
     """Return one tensor, widened to float32 (float64 stays), times its factor where it has one."""
     dtype = TORCH[read.spec.dtype]
-    values = torch.frombuffer(read.source.read(read.key), dtype=dtype) if read.spec.nbytes else torch.empty(0, dtype=dtype)
+    values = (
+        torch.frombuffer(read.source.read(read.key), dtype=dtype) if read.spec.nbytes else torch.empty(0, dtype=dtype)
+    )
     values = values.reshape(read.spec.shape).to(cast.accumulator(dtype))
     if read.scale is None:
         return values

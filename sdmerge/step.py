@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from sdformats.tensor import Spec, TensorSource
     from torch import Tensor
+
+    from sdformats.tensor import Spec, TensorSource
 
 
 @dataclass(frozen=True, slots=True)

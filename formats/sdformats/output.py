@@ -118,7 +118,9 @@ class PendingFile:
     def _check_target(self) -> int | None:
         """Return the permissions of the file to be replaced, if there is one."""
         if not self.target.parent.is_dir():
-            raise WriteError(f"the folder {self.target.parent} does not exist", path=self.path, advice="create it first")
+            raise WriteError(
+                f"the folder {self.target.parent} does not exist", path=self.path, advice="create it first"
+            )
         try:
             status = self.target.stat()
         except FileNotFoundError:

@@ -80,10 +80,14 @@ def looks_like_safetensors(head: bytes, size: int) -> bool:
 
 def _read_header(file: InputFile) -> tuple[int, dict[str, Any]]:
     if file.size < 8:
-        raise CorruptFile(f"is {file.size} bytes long", path=file.path, expected="a safetensors file of at least 10 bytes")
+        raise CorruptFile(
+            f"is {file.size} bytes long", path=file.path, expected="a safetensors file of at least 10 bytes"
+        )
     (length,) = _LENGTH.unpack(file.head(8))
     if length > MAX_HEADER:
-        raise CorruptFile(f"says its header is {length:,} bytes long", path=file.path, expected=f"at most {MAX_HEADER:,}")
+        raise CorruptFile(
+            f"says its header is {length:,} bytes long", path=file.path, expected=f"at most {MAX_HEADER:,}"
+        )
     if length > file.size - 8:
         raise CorruptFile(
             f"ends within its header of {length:,} bytes",
@@ -98,7 +102,9 @@ def _read_header(file: InputFile) -> tuple[int, dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise CorruptFile(f"has a header that is not UTF-8 (byte {8 + error.start})", path=file.path) from error
     except _Duplicate as error:
-        raise CorruptFile("stands twice in the header", path=file.path, key=str(error), expected="each name once") from error
+        raise CorruptFile(
+            "stands twice in the header", path=file.path, key=str(error), expected="each name once"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise CorruptFile(f"has a header that is not valid JSON: {error}", path=file.path) from error
     return 8 + length, header
@@ -141,7 +147,9 @@ def _spans(header: dict[str, Any], path: Path, size: int) -> dict[str, tuple[Spe
     for name, _, begin, stop in entries:
         if begin != end:
             fault = "leaves a hole of" if begin > end else "overlaps its neighbour by"
-            raise CorruptFile(f"{fault} {abs(begin - end):,} bytes", path=path, key=name, expected=f"to begin at {end:,}")
+            raise CorruptFile(
+                f"{fault} {abs(begin - end):,} bytes", path=path, key=name, expected=f"to begin at {end:,}"
+            )
         end = stop
     if end != size:
         fault = f"has {size - end:,} bytes after its last tensor" if end < size else "is cut short"
@@ -159,7 +167,9 @@ def _entry(name: str, value: Any, path: Path) -> tuple[Spec, int, int]:
         raise CorruptFile("has a malformed entry", path=path, key=name, expected="dtype, shape and data_offsets")
     dtype = DType.__members__.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
-        raise CorruptFile(f"has the unknown type {value['dtype']!r}", path=path, key=name, expected="one of safetensors' types")
+        raise CorruptFile(
+            f"has the unknown type {value['dtype']!r}", path=path, key=name, expected="one of safetensors' types"
+        )
     shape = _integers(value["shape"], name, "shape", path)
     offsets = _integers(value["data_offsets"], name, "data_offsets", path)
     bits = dtype.bits

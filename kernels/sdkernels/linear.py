@@ -54,7 +54,7 @@ def reference(terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
     return total.clone() if total is terms[0][1] else total
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _add_term(total, x, y, weight, at, inside, PAIRED: tl.constexpr):  # type: ignore[no-untyped-def]
     value = tl.load(x + at, mask=inside).to(tl.float32)
     if PAIRED:
@@ -62,7 +62,7 @@ def _add_term(total, x, y, weight, at, inside, PAIRED: tl.constexpr):  # type: i
     return tl.fma(value, tl.zeros_like(value) + weight, total)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _sum_kernel(  # type: ignore[no-untyped-def]
     out, partial_sum, x0, x1, x2, x3, y0, y1, y2, y3, w0, w1, w2, w3, count,
     TERMS: tl.constexpr, PAIRS: tl.constexpr, CONTINUES: tl.constexpr, BLOCK: tl.constexpr,
@@ -132,7 +132,8 @@ def _make(dtype: torch.dtype, count: int, forms: str, device: torch.device) -> t
         return torch.randn(count, generator=source).to(dtype).to(device)
 
     terms = tuple(
-        (0.7 - 0.2 * i, tensor(), tensor()) if form == "d" else (0.3 + 0.1 * i, tensor()) for i, form in enumerate(forms)
+        (0.7 - 0.2 * i, tensor(), tensor()) if form == "d" else (0.3 + 0.1 * i, tensor())
+        for i, form in enumerate(forms)
     )
     return terms, torch.empty(count, dtype=dtype, device=device)
 

@@ -48,11 +48,11 @@ class _LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            import difflib  # noqa: PLC0415 - only for a typing error
+            import difflib
 
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
             if near:
-                error.message += f" Did you mean {near[0]!r}?"
+                raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", ctx) from None
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -91,9 +91,8 @@ def main(args: list[str] | None = None) -> NoReturn:
 
 def _guarded(args: list[str] | None) -> int:
     """Run the command; return its exit status. Every expected error is one line."""
-    from sdformats.errors import FormatError  # noqa: PLC0415 - the help does not need it
-
-    from sdmerge.errors import SdmergeError  # noqa: PLC0415
+    from sdformats.errors import FormatError
+    from sdmerge.errors import SdmergeError
 
     try:
         result: Any = root.main(args, prog_name="sdmerge", standalone_mode=False)

@@ -23,7 +23,7 @@ def add_diff(a: str, b: str, c: str, alpha: float, output: str, as_json: bool, *
     options.show(report, as_json=as_json)
 
 
-class _Weights(click.ParamType):
+class _Weights(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic only in newer click
     name = "W,W,..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:

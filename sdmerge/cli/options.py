@@ -60,7 +60,9 @@ def api_options(given: dict[str, Any]) -> OptionFields:
     """Turn a command's parsed options into the python API's keyword arguments."""
     screen.set_quiet(given["quiet"])
     fields: OptionFields = {
-        name: given[name] for name in OptionFields.__annotations__ if name in given  # type: ignore[assignment, misc]
+        name: given[name]
+        for name in OptionFields.__annotations__
+        if name in given  # type: ignore[assignment, misc]
     }
     fields["progress"] = screen.progress
     return fields

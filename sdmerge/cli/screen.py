@@ -29,7 +29,7 @@ def set_quiet(quiet: bool) -> None:
 
 
 def clean(text: object) -> str:
-    """Make control, escape and bidirectional characters visible as ``\\xNN`` or ``\\uNNNN``; all else stays."""
+    r"""Make control, escape and bidirectional characters visible as ``\xNN`` or ``\uNNNN``; all else stays."""
     return "".join(
         c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else c.encode("unicode_escape").decode()
         for c in str(text)
@@ -93,7 +93,13 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task(clean(label), total=total)
         yield lambda done: bar.advance(task, done)

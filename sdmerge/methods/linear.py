@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Annotated
 
 import sdkernels
-
 from sdmerge.errors import RequestError
 from sdmerge.method import Param, method
 
