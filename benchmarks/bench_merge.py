@@ -194,6 +194,9 @@ def main(families: tuple[str, ...], json_path: Path | None, **options: Any) -> N
         for name in families or FAMILIES:
             comparisons.append(compare(FAMILIES[name], settings, progress))
             console.print(comparisons[-1].table())
+            for result in comparisons[-1].results:
+                if result.failure:
+                    console.print(result.failure, style="red", markup=False)
     if json_path is not None:
         json_path.write_text(json.dumps(_document(settings, comparisons), indent=1) + "\n", encoding="utf-8")
     _fail_where_wrong(comparisons)
@@ -238,11 +241,11 @@ def _fail_where_wrong(comparisons: Sequence[Comparison]) -> None:
     """Exit 1 when a run failed, or sdmerge was not exact."""
     for comparison in comparisons:
         for result in comparison.results:
+            what = f"{comparison.title}: {result.run.tool}, {result.run.label}"
             if result.failure:
-                raise click.ClickException(f"{comparison.title}: {result.failure}")
+                raise click.ClickException(f"{what}: failed, see above")
             if result.run.tool == "sdmerge" and result.exactness is not None and not result.exactness.ok:
-                what = f"{comparison.title}: {result.run.label} is not exact"
-                raise click.ClickException(f"{what}: {result.exactness}")
+                raise click.ClickException(f"{what}: is not exact: {result.exactness}")
 
 
 if __name__ == "__main__":

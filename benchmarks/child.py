@@ -31,9 +31,10 @@ def prepare_floor(request: Request) -> Call:
 
 
 def prepare_sdmerge(request: Request) -> Call:
-    """Prepare the call that a user of the python API makes. Idle means: torch is imported too."""
+    """Prepare the call that a user of the python API makes. Idle means: everything is imported."""
     sdmerge = import_module("sdmerge")
-    import_module("torch")
+    for name in ("torch", "sdmerge.methods", "sdmerge.run"):  # the calls below import these when first needed
+        import_module(name)
     job, inputs = request["job"], request["inputs"]
     add_difference, weighted_sum = sdmerge.add_difference, sdmerge.weighted_sum
     common = {"output": request["output"], "threads": request["threads"], "overwrite": True}
@@ -53,7 +54,7 @@ def prepare_mecha(request: Request) -> Call:
     job, output = request["job"], request["output"]
     models = [mecha.model(path) for path in request["inputs"]]
     if job["operation"] == "add-diff":
-        recipe = mecha.add_difference(models[0], mecha.subtract(models[1], models[2]), alpha=job["alpha"])
+        recipe = mecha.add_difference(*models, alpha=job["alpha"])
         return lambda: mecha.merge(recipe, output=output)
     recipe, total = models[0], job["coefficients"][0]
     for model, weight in zip(models[1:], job["coefficients"][1:], strict=True):

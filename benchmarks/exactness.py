@@ -1,7 +1,7 @@
 """Whether a merge is exact: compared with float64 arithmetic on the inputs, rounded once.
 
 A float16 element may differ from that by one unit in the last place, and only where the float64 value lies so
-close to the middle between two neighbours that the last bit of a decimal weight decides. "So close" is 1e-6 of
+close to the middle between two neighbours that the last bit of a decimal weight decides: within 1e-6 of
 the largest input to that element.
 """
 

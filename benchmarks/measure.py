@@ -112,7 +112,7 @@ def _largest_so_far() -> int | None:
     """
     if sys.platform == "win32":
         return None
-    import resource  # noqa: PLC0415 - Windows has none
+    import resource  # Windows has none
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10

@@ -1,7 +1,7 @@
 """Full-size checkpoints to measure with: random, seeded, written once into a cache folder.
 
 The three files of a family look like fine-tunes of one base: the same base weights (standard deviation 0.02,
-norm weights around 1) plus changes of their own (standard deviation 0.001), and one autoencoder for all three.
+norm weights around 1) plus changes of their own (standard deviation 0.001), one autoencoder for all.
 """
 
 from __future__ import annotations

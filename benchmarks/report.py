@@ -100,12 +100,12 @@ class Comparison:
         size = f"{self.input_bytes / 1e9:.1f} GB a file"
         table = Table(title=f"{self.title}: {size}, page cache {self.page_cache}")
         for column in ("tool", "job"):
-            table.add_column(column)
-        for column in ("seconds (range)", "x floor", "x sdmerge", "anonymous MB", "resident MB", "inexact"):
-            table.add_column(column, justify="right", no_wrap=True)
+            table.add_column(column, overflow="fold")
+        for column in ("seconds (range)", "x floor", "x sdmerge", "anonymous\nMB", "resident\nMB", "inexact"):
+            table.add_column(column, justify="right")
         for result in self.results:
             if result.median is None:
-                table.add_row(result.run.tool, result.run.label, result.failure or "not run", style="dim")
+                table.add_row(result.run.tool, result.run.label, "failed", style="red")
                 continue
             row = self._row(result)
             spread = f"{result.median:.2f} ({min(result.seconds):.2f}-{max(result.seconds):.2f})"
