@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from sdmerge.options import OptionFields, Options
 from sdmerge.plan import LABELS, plan_copy, plan_merge
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping, Sequence
 
     from sdformats.layout import Detection

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 from sdformats.tensor import DType
 from sdmerge.errors import RequestError
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from sdformats.errors import ChangedFile, FormatError
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from collections.abc import Callable
 
 _BINARY = getattr(os, "O_BINARY", 0)

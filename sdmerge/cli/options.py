@@ -62,7 +62,7 @@ def api_options(given: dict[str, Any]) -> OptionFields:
     fields: OptionFields = {
         name: given[name]
         for name in OptionFields.__annotations__
-        if name in given  # type: ignore[assignment, misc]
+        if name in given  # type: ignore[assignment]
     }
     fields["progress"] = screen.progress
     return fields
