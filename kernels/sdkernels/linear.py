@@ -83,22 +83,34 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 
 
 def fast(terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
-    """Do what `reference` does, four terms a launch."""
-    if torch.float64 in _dtypes(terms):  # Triton passes scalars as float32
+    """Do what `reference` does, four terms a launch.
+
+    fp8 is widened and narrowed by torch around the launch: before compute capability 8.9 Triton has no float8_e4m3fn, and
+    its interpreter rounds to fp8 wrongly.
+    """
+    dtypes = _dtypes(terms)
+    if torch.float64 in dtypes:  # Triton passes scalars as float32
         return reference(terms, out)
+    if any(dtype.itemsize == 1 for dtype in dtypes):
+        return fast([_widened(term) for term in terms], out)
     first = terms[0][1]
     count = first.numel()
-    target = torch.empty_like(first, dtype=torch.float32) if out is None else out
-    if count == 0:
-        return target
+    direct = out is not None and out.dtype.itemsize > 1 and out.dtype != torch.float64 and out.is_contiguous()
+    target = out if direct and out is not None else torch.empty(first.shape, dtype=torch.float32, device=first.device)
     total: Tensor | None = None
-    for start in range(0, len(terms), _TERMS_PER_LAUNCH):
+    for start in range(0, len(terms) if count else 0, _TERMS_PER_LAUNCH):
         group = terms[start : start + _TERMS_PER_LAUNCH]
         last = start + len(group) == len(terms)
-        into = target if last else torch.empty_like(first, dtype=torch.float32)
+        into = target if last else torch.empty(first.shape, dtype=torch.float32, device=first.device)
         _launch(group, into, total, count)
         total = into
-    return target
+    return target if out is None or direct else out.copy_(target)
+
+
+def _widened(term: Term) -> Term:
+    if len(term) == 3:
+        return term[0], term[1].float(), term[2].float()
+    return term[0], term[1].float()
 
 
 def _launch(group: Sequence[Term], into: Tensor, total: Tensor | None, count: int) -> None:
