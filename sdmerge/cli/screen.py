@@ -109,7 +109,7 @@ def human(count: float, unit: str = "B") -> str:
     """Write a count in powers of 1000 with three digits: ``2.13 GB``."""
     for prefix in ("", "k", "M", "G", "T"):
         if abs(count) < 1000 or prefix == "T":
-            digits = f"{count:.0f}" if not prefix else f"{count:.3g}"
+            digits = f"{count:.3g}" if prefix and count < 1000 else f"{count:,.0f}"
             return f"{digits} {prefix}{unit}"
         count /= 1000
     raise AssertionError("the loop returns at T")

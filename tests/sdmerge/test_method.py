@@ -1,0 +1,54 @@
+"""`@method` reads everything from the signature and returns the function unchanged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sdmerge import methods
+from sdmerge.errors import RequestError
+from sdmerge.method import METHODS
+
+
+def test_the_signature_says_it_all() -> None:
+    found = METHODS["add_difference"]
+    assert found.models == ("a", "b", "c")
+    assert [(p.name, p.default) for p in found.parameters] == [("alpha", 1.0)]
+    assert not found.takes_base
+    assert found.elementwise
+    assert found.summary.startswith("A + alpha (B - C)")
+    assert METHODS["weighted_sum"].models == ()
+
+
+def test_methods_are_plain_functions() -> None:
+    a, b, c = torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([2.0])
+    assert methods.linear.add_difference(a, b, c, alpha=0.5).item() == 1.5
+    assert methods.linear.weighted_sum(a, b, weights=(0.75, 0.25)).item() == 1.5
+    assert methods.linear.weighted_sum(a, b, c, weights=(1.0, 1.0, 1.0)).item() == 6.0
+
+
+def test_a_weight_of_one_returns_its_model() -> None:
+    huge, tiny = torch.tensor([1e20]), torch.tensor([1.0])
+    assert methods.linear.weighted_sum(huge, tiny, weights=(0.0, 1.0)).item() == 1.0
+    assert methods.linear.weighted_sum(tiny, huge, weights=(1.0, 0.0)).item() == 1.0
+
+
+def test_equal_models_give_themselves() -> None:
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(methods.linear.weighted_sum(x, x, x, weights=(0.5, 0.3, 0.2)), x)
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "values", "says"),
+    [
+        ("add_difference", 2, {}, "takes 3 models"),
+        ("add_difference", 3, {"beta": 1.0}, "no parameter 'beta'"),
+        ("add_difference", 3, {"alpha": float("nan")}, "alpha is nan"),
+        ("add_difference", 3, {"alpha": "1"}, "alpha is '1'"),
+        ("weighted_sum", 2, {}, "needs a value for weights"),
+        ("weighted_sum", 2, {"weights": (0.5, float("inf"))}, "weights is inf"),
+    ],
+)
+def test_wrong_requests_are_named(method: str, count: int, values: dict[str, object], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        METHODS[method].check(count, values)
