@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.floor import read_and_write
-from benchmarks.measure import measure
+from benchmarks.measure import measure, touch_free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,7 +93,9 @@ def main() -> None:
     """Measure the request on standard input."""
     request = json.load(sys.stdin)
     package, prepare = TOOLS[request["tool"]]
-    measurement = measure(prepare(request))
+    call = prepare(request)
+    touch_free_memory(Path(request["output"]).parent, Path(request["inputs"][0]).stat().st_size)
+    measurement = measure(call)
     version = importlib.metadata.version(package) if package else ""
     print(json.dumps({"measurement": asdict(measurement), "version": version}), flush=True)
 

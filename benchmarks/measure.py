@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
 _RESET = Path("/proc/self/clear_refs")
 _FIELDS = {"RssAnon": "anonymous", "VmRSS": "resident", "VmHWM": "peak"}
 
@@ -63,6 +64,31 @@ def measure(call: Callable[[], object], *, interval: float = 0.01) -> Measuremen
         watcher.join()
     resident = peaks["peak"] if exact else peaks["resident"]
     return Measurement(seconds, peaks["anonymous"] - idle["anonymous"], resident - idle["resident"])
+
+
+def touch_free_memory(folder: Path, size: int) -> None:
+    """Have free memory for `size` bytes of output ready, or for as much of it as memory is free now.
+
+    A virtual machine hands memory that lies idle back to its host, and the first write to it is then several times
+    slower. A tool that takes longer to import would be measured with more of such memory. So that all start alike,
+    a scratch file is written and removed right before the clock starts. Does nothing where there is no /proc.
+    """
+    block = bytes(1 << 20)
+    scratch = folder / "scratch.bin"
+    with scratch.open("wb", buffering=0) as file:
+        for _ in range(min(size, _free_memory()) // len(block)):
+            file.write(block)
+    scratch.unlink()
+
+
+def _free_memory() -> int:
+    """Return the bytes of memory that hold nothing at all, not even a cached file."""
+    try:
+        lines = _MEMORY.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemFree"].split()[0]) << 10
 
 
 def _watch(peaks: dict[str, int], done: threading.Event, interval: float) -> None:

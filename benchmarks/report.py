@@ -37,6 +37,11 @@ class Result:
         return statistics.median(self.seconds) if self.outcomes else None
 
     @property
+    def best(self) -> float | None:
+        """Shortest wall time in seconds: what disturbs a run only ever adds to it."""
+        return min(self.seconds, default=None)
+
+    @property
     def anonymous(self) -> int | None:
         """Largest peak of anonymous memory over idle, in bytes."""
         return _largest(outcome.measurement.anonymous for outcome in self.outcomes)
@@ -59,9 +64,15 @@ class Comparison:
 
     def floor(self, run: Run) -> float | None:
         """Return the better floor with as many inputs as `run` has: the smallest median, in seconds."""
+        return min((floor.median for floor in self._floors(run) if floor.median is not None), default=None)
+
+    def best_floor(self, run: Run) -> float | None:
+        """Return the shortest run of any floor with as many inputs as `run` has, in seconds."""
+        return min((floor.best for floor in self._floors(run) if floor.best is not None), default=None)
+
+    def _floors(self, run: Run) -> list[Result]:
         floors = [result for result in self.results if result.run.tool == "floor"]
-        alike = [floor.median for floor in floors if floor.run.job.models == run.job.models]
-        return min((median for median in alike if median is not None), default=None)
+        return [floor for floor in floors if floor.run.job.models == run.job.models]
 
     def product(self, run: Run) -> float | None:
         """Return the median of sdmerge for the same job, in seconds."""
@@ -85,7 +96,9 @@ class Comparison:
             "job": result.run.label,
             "seconds": [round(seconds, 3) for seconds in result.seconds],
             "median_seconds": result.median,
+            "best_seconds": result.best,
             "times_floor": ratio(result.median, self.floor(result.run)),
+            "best_times_floor": ratio(result.best, self.best_floor(result.run)),
             "times_sdmerge": ratio(result.median, self.product(result.run)),
             "peak_anonymous_bytes": result.anonymous,
             "peak_resident_bytes": result.resident,
@@ -101,7 +114,7 @@ class Comparison:
         table = Table(title=f"{self.title}: {size}, page cache {self.page_cache}")
         for column in ("tool", "job"):
             table.add_column(column, overflow="fold")
-        for column in ("seconds (range)", "x floor", "x sdmerge", "anonymous\nMB", "resident\nMB", "inexact"):
+        for column in ("seconds (range)", "x floor", "best\nx floor", "x sdmerge", "anonymous\nMB", "resident\nMB", "inexact"):
             table.add_column(column, justify="right")
         for result in self.results:
             if result.median is None:
@@ -109,7 +122,7 @@ class Comparison:
                 continue
             row = self._row(result)
             spread = f"{result.median:.2f} ({min(result.seconds):.2f}-{max(result.seconds):.2f})"
-            ratios = (_times(row["times_floor"]), _times(row["times_sdmerge"]))
+            ratios = [_times(row[name]) for name in ("times_floor", "best_times_floor", "times_sdmerge")]
             memory = (_megabytes(result.anonymous), _megabytes(result.resident))
             numbers = (spread, *ratios, *memory, _inexact(result.exactness))
             table.add_row(result.run.tool, result.run.label, *numbers)

@@ -163,6 +163,25 @@ def test_measure_lets_errors_through():
         measure.measure(lambda: 1 / 0)
 
 
+def test_touching_free_memory_leaves_nothing_behind(tmp_path, monkeypatch):
+    written: list[int] = []
+    monkeypatch.setattr(measure, "_free_memory", lambda: 3 << 20)
+    real = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path: (written.append(path.stat().st_size), real(path)))
+    measure.touch_free_memory(tmp_path, 5 << 20)
+    measure.touch_free_memory(tmp_path, 2 << 20)
+    assert written == [3 << 20, 2 << 20]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_free_memory_is_read_or_unknown(monkeypatch, tmp_path):
+    listing = tmp_path / "meminfo"
+    monkeypatch.setattr(measure, "_MEMORY", listing)
+    assert measure._free_memory() == 0
+    listing.write_text("MemTotal:       1000 kB\nMemFree:         12 kB\n")
+    assert measure._free_memory() == 12 << 10
+
+
 def half(*values):
     return np.array(values, dtype=np.float16)
 
@@ -263,6 +282,7 @@ def test_comparison_takes_the_better_floor_with_as_many_inputs():
     comparison = Comparison("toy", "Toy", 1, "warm", results)
     rows = comparison.to_json()["results"]
     assert [row["times_floor"] for row in rows] == [1.5, 1.0, 1.0, 1.5, 15.0, None]
+    assert [row["best_times_floor"] for row in rows] == [1.0, 1.0, 1.0, 1.5, 15.0, None]
     assert [row["times_sdmerge"] for row in rows[3:]] == [1.0, 10.0, None]
     assert rows[5]["failure"] == "sd-mecha: no"
     assert comparison.table().row_count == 6
