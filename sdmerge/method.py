@@ -55,6 +55,8 @@ class Method:
     Attributes:
         models: the names of its positional models; empty where it takes any number.
         elementwise: whether each output element depends only on the input elements at the same place.
+        mixed: whether it takes tensors as they are stored, of any mix of floating types, because its kernels widen them;
+            all others are given float32 (float64 where a model is stored so).
         propagates: whether NaN or infinity in any input always shows in the result, so that checking the result is enough.
     """
 
@@ -64,6 +66,7 @@ class Method:
     takes_base: bool
     parameters: tuple[Parameter, ...]
     elementwise: bool
+    mixed: bool
     propagates: bool
 
     @property
@@ -93,7 +96,7 @@ METHODS: dict[str, Method] = {}
 """Every method by name."""
 
 
-def method(*, elementwise: bool = True, propagates: bool = False) -> Callable[[F], F]:
+def method(*, elementwise: bool = True, mixed: bool = False, propagates: bool = False) -> Callable[[F], F]:
     """Register a function as a merge method; see the module's docstring and `Method`."""
 
     def register(function: F) -> F:
@@ -106,6 +109,7 @@ def method(*, elementwise: bool = True, propagates: bool = False) -> Callable[[F
             takes_base=any(p.name == "base" for p in keyword),
             parameters=tuple(Parameter(p.name, _param(p.annotation), p.default) for p in keyword if p.name != "base"),
             elementwise=elementwise,
+            mixed=mixed,
             propagates=propagates,
         )
         return function

@@ -9,9 +9,9 @@ from sdformats.tensor import DType
 from sdmerge.errors import RequestError
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from collections.abc import Callable
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
 Missing = Literal["keep", "drop", "error"]
 Ema = Literal["keep", "drop", "use"]

@@ -47,11 +47,10 @@ def plan_merge(
     steps: dict[str, Step] = {}
     labels = LABELS[: len(views)]
     first = views[0]
+    flags = {"whole": not method.elementwise, "mixed": method.mixed, "propagates": method.propagates}
     for name in first.tensors:
         reads = [one.tensors.get(name) for one in views]
-        step = policy.merge_step(
-            name, reads, compute, labels, options, notes, whole=not method.elementwise, propagates=method.propagates
-        )
+        step = policy.merge_step(name, reads, compute, labels, options, notes, **flags)
         if step is not None:
             steps[name] = step
     _note_extras(views, notes)

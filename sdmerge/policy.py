@@ -5,7 +5,7 @@ A's keys decide what the output holds. Nothing follows a policy in silence: each
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -198,7 +198,7 @@ def merge_step(
         reads: where each model has it; None where it has not. A always has it.
         method: the merge, on tensors of one shape.
         labels: one letter a model, for messages.
-        flags: `whole` and `propagates` of the method.
+        flags: `whole`, `mixed` and `propagates` of the step.
     """
     first = reads[0]
     assert first is not None, "A's keys decide"
@@ -217,8 +217,8 @@ def merge_step(
     if len({read.spec.shape for read in present}) > 1:
         return _shared_channels(name, spec, present, method, notes)
     scaled = any(read.scale for read in present)
-    whole = flags.get("whole", False) or scaled
-    return Step(name, spec, present, method, whole, flags.get("propagates", False))
+    flags = {**flags, "whole": flags.get("whole", False) or scaled}
+    return replace(Step(name, spec, present, method), **flags)
 
 
 def copy_step(name: str, read: Read, options: Options, notes: Notes, why: str = "copy") -> Step:

@@ -1,16 +1,19 @@
 """Run a plan: the tensor core that every command uses.
 
-Elementwise steps travel in blocks: a worker reads a block of each input into its own reused buffers, widens it to float32,
-computes while it sits in the cache, rounds once and writes it to its place. Workers take blocks in order from one list, so
+Elementwise steps travel in blocks: a worker reads a block of each input into its own reused buffers, computes in float32
+while it sits in the cache, rounds once and writes it to its place. Workers take blocks in order from one list, so
 the inputs are read from front to back; block borders are fixed, so the output is the same with any number of threads.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,9 +30,10 @@ if TYPE_CHECKING:
     from sdmerge.options import Options
     from sdmerge.step import Plan, Read, Step
 
-BLOCK = 1 << 19
+BLOCK = 1 << 18
 """Elements in a block: a few buffers of this size stay in a core's cache, and the cost of a call is spread thin."""
 _WIDEST = 8
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _MAX_THREADS = 8
 
 
@@ -54,6 +58,7 @@ def run(plan: Plan, sink: TensorSink, options: Options, progress: Callable[[int]
         NonFiniteInput, OutputOverflow: as `options` say.
         FormatError: an input cannot be read, or the output not written.
     """
+    keep_freed_memory()
     job = _Job(plan, sink, options)
     intra_op = torch.get_num_threads()
     torch.set_num_threads(1)  # parallel over blocks: one thread each, the same bytes for any number of them
@@ -75,6 +80,19 @@ def run(plan: Plan, sink: TensorSink, options: Options, progress: Callable[[int]
     if job.error is not None:
         raise job.error
     return job.findings
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let freed memory be used again at once.
+
+    By default glibc gives a freed block of this size back to the system, which hands it out again page by page, cleared:
+    that costs more than the arithmetic. 64 MiB a thread may stay with the process instead. Elsewhere nothing is done.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
 
 
 def available_cores() -> int:
@@ -145,7 +163,7 @@ class _Job:
 
     def count_nonfinite(self, read: Read, values: Tensor) -> int:
         """Refuse or count NaN and infinity in an input; return how many there are."""
-        bad = int((~values.isfinite()).sum().item())
+        bad = int((~values.to(cast.accumulator(values.dtype)).isfinite()).sum().item())  # fp8 cannot tell by itself
         if not bad:
             return 0
         if not self.options.allow_nonfinite:
@@ -205,7 +223,6 @@ class _Worker:
         self.pinned = job.device.type == "cuda"
         self.stream = torch.cuda.Stream(job.device) if self.pinned else None  # type: ignore[no-untyped-call]
         self.inputs: list[_Buffer] = []
-        self.wide: list[Tensor] = []
         self.output = _Buffer(BLOCK * _WIDEST, pinned=self.pinned)
 
     def do(self, step: Step, start: int, count: int) -> None:
@@ -229,14 +246,14 @@ class _Worker:
         read.source.read_into(read.key, offset, data)
         dtype = TORCH.get(read.spec.dtype)
         if dtype is not None and read.spec.dtype.is_float:
-            values = self._widen(0, self._input(0).tensor(nbytes, dtype), torch.float32)
+            values = self._input(0).tensor(nbytes, dtype).to(torch.float32)
             if not _bounded(values, torch.float32):
                 self.job.count_nonfinite(read, values)
         self.job.sink.write(step.name, offset, data)
 
     def _blockwise(self, step: Step, start: int, count: int) -> None:
         values = self._read_block(step, start, count)
-        result = values[0] if step.compute is None else step.compute(*values)
+        result = step.compute(*values) if step.compute is not None else values[0]
         dtype = TORCH[step.spec.dtype]
         nbytes = count * dtype.itemsize
         out = self.output.tensor(nbytes, dtype)
@@ -251,6 +268,7 @@ class _Worker:
         self.job.sink.write(step.name, start * dtype.itemsize, self.output.bytes(nbytes))
 
     def _read_block(self, step: Step, start: int, count: int) -> list[Tensor]:
+        """Return one block of each input: as stored for a mixed step, else in the type to compute in."""
         wide = cast.accumulator(*(TORCH[read.spec.dtype] for read in step.reads))
         values = []
         for index, read in enumerate(step.reads):
@@ -258,7 +276,10 @@ class _Worker:
             nbytes = count * dtype.itemsize
             buffer = self._input(index)
             read.source.read_into(read.key, start * dtype.itemsize, buffer.bytes(nbytes))
-            values.append(self._widen(index, buffer.tensor(nbytes, dtype), wide))
+            value = buffer.tensor(nbytes, dtype)
+            if self.stream is not None:
+                value = value.to(self.job.device, non_blocking=True)
+            values.append(value if step.mixed else value.to(wide))
         return values
 
     def _whole(self, step: Step) -> None:
@@ -291,16 +312,6 @@ class _Worker:
         while len(self.inputs) <= index:
             self.inputs.append(_Buffer(BLOCK * _WIDEST, pinned=self.pinned))
         return self.inputs[index]
-
-    def _widen(self, index: int, raw: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.stream is not None:
-            return raw.to(self.job.device, non_blocking=True).to(dtype)
-        if raw.dtype in (dtype, torch.float64):
-            return raw
-        while len(self.wide) <= index:
-            self.wide.append(torch.empty(BLOCK, dtype=torch.float32))
-        target = self.wide[index] if dtype == torch.float32 else torch.empty(raw.numel(), dtype=dtype)
-        return target[: raw.numel()].copy_(raw)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

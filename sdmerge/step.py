@@ -42,10 +42,10 @@ class Step:
         name: its name there.
         spec: its shape and type there.
         reads: what it is made from. Their shapes equal the output's unless `whole`.
-        compute: takes the reads as float32 (float64 where one is stored so) and returns the result in that type, to be
+        compute: takes the reads as float32 (float64 where one is stored so), and returns the result in that type, to be
             rounded once; a method on blocks, or on whole tensors where `whole`. None: the first read is copied.
         whole: `compute` needs whole tensors.
-        propagates: see `Method.propagates`.
+        mixed, propagates: see `Method`; whole tensors are always widened.
         why: what a dry run says about it.
     """
 
@@ -54,6 +54,7 @@ class Step:
     reads: tuple[Read, ...]
     compute: Callable[..., Tensor] | None = None
     whole: bool = False
+    mixed: bool = False
     propagates: bool = False
     why: str = "merge"
 

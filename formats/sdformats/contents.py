@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 WRAPPERS = ("model", "module", "params", "params_ema", "model_state_dict", "network", "weights")
 MAX_DEPTH = 64
 MAX_NODES = 2_000_000
-_MAX_PLAIN = 256
-"""Values in a list or dict that is still taken for metadata."""
+_MAX_PLAIN, _PLAIN_DEPTH = 256, 8
+"""Values and levels in a list or dict that is still taken for metadata."""
 _SHOWN = 8
 
 
@@ -105,19 +105,23 @@ class _Walk:
         self._nodes = MAX_NODES
 
     def count(self, value: object) -> int:
-        """Return how many tensors there are in a value, wherever in it."""
+        """Return how many tensors there are in a value, wherever in it. Shared parts and cycles count once."""
         total = 0
-        queue = [(value, 0)]
+        seen: set[int] = set()
+        queue = [value]
         while queue:
-            item, depth = queue.pop()
-            self.step(depth)
+            item = queue.pop()
+            self.step()
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
             if isinstance(item, TensorRef):
                 total += 1
             else:
-                queue += [(child, depth + 1) for child in children(item)]
+                queue += children(item)
         return total
 
-    def step(self, depth: int) -> None:
+    def step(self, depth: int = 0) -> None:
         """Take note of one more value."""
         self._nodes -= 1
         if self._nodes < 0:
@@ -127,12 +131,12 @@ class _Walk:
 
     def plain(self, value: object, depth: int = 0) -> int:
         """Return how many plain values a value consists of, or more than the limit if it holds anything else."""
-        self.step(depth)
+        self.step()
         if value is None or type(value) in (bool, int, float, str):
             return 1
-        if type(value) is dict and not all(isinstance(key, str | int) for key in value):
+        if isinstance(value, dict) and not all(isinstance(key, str | int) for key in value):
             return _MAX_PLAIN + 1
-        if type(value) not in (dict, list, tuple) or len(value) > _MAX_PLAIN:  # type: ignore[arg-type]
+        if not isinstance(value, dict | list | tuple) or len(value) > _MAX_PLAIN or depth > _PLAIN_DEPTH:
             return _MAX_PLAIN + 1
         total = 1
         for child in children(value):
@@ -160,7 +164,7 @@ def _set_aside(beside: dict[Any, Any], content: Content, walk: _Walk, where: str
     for key, value in beside.items():
         if not _take_plain(key, value, content, walk, dicts=dicts):
             tensors = walk.count(value)
-            left.append(f"{_shown(key)} ({tensors:,} tensors)" if tensors else _shown(key))
+            left.append(_shown(key) + _counted(tensors))
     if left:
         content.notes.append(f"left out {where}: {_listed(left)}")
 
@@ -193,6 +197,10 @@ def _shown(key: object) -> str:
     if isinstance(key, bytes):
         key = key.decode("utf-8", "backslashreplace")
     return ascii(str(key)[:80])[1:-1]
+
+
+def _counted(tensors: int) -> str:
+    return f" ({tensors:,} tensor{'s' if tensors > 1 else ''})" if tensors else ""
 
 
 def _listed(items: list[str]) -> str:
@@ -257,7 +265,7 @@ class _Top:
             raise self._place.unsupported(f"holds a bare storage {_shown(name)!r}", "tensors")
         what = value.kind if isinstance(value, Node) else value if isinstance(value, Global) else None
         shown = _shown(name) + (f" [{what}]" if what else "")
-        self._left.append(f"{shown} ({tensors:,} tensors)" if tensors else shown)
+        self._left.append(shown + _counted(tensors))
 
 
 def _join(name: str, part: str, depth: int) -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sdformats.records import Span
     from sdformats.tensor import DType
 
+_LONGEST_KEY = 200
 _OLD_NEW = Global("copyreg", "_reconstructor")
 _TENSOR_ARGUMENTS = {"_rebuild_tensor": (4, 4), "_rebuild_tensor_v2": (6, 7), "_rebuild_tensor_v3": (7, 8)}
 _LATIN1 = ("latin1", "latin-1", "iso-8859-1")
@@ -175,7 +176,9 @@ class Rebuild:
             case ("storage", Global() as kind, str(key), _, int(count), seen):
                 pass
             case _:
-                raise self.place.corrupt("has a pickle with a malformed reference to a storage")
+                key = ""
+        if not 0 < len(key) <= _LONGEST_KEY:
+            raise self.place.corrupt("has a pickle with a malformed reference to a storage")
         if kind not in UNTYPED and (kind.module != "torch" or kind.name not in STORAGES):
             raise self.place.corrupt(f"has a pickle that takes {kind} for a storage")
         try:

@@ -81,13 +81,17 @@ class MemoryRecord(Record):
     resident = True
 
     def __init__(self, data: bytes, position: int) -> None:
-        self._data = memoryview(data)
+        self._data = data
         self.size = len(data)
         self.position = position
 
+    def read(self, offset: int, size: int) -> bytes:
+        """See `Record.read`."""
+        return self._data[offset : offset + size]
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Record.read_into`."""
-        buffer[:] = self._data[offset : offset + len(buffer)]
+        buffer[:] = memoryview(self._data)[offset : offset + len(buffer)]
 
 
 class StoredRecord(Record):

@@ -25,7 +25,7 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED, _DESCRIPTOR, _UTF8 = 1, 8, 0x800
-_MAX_DIRECTORY = 64 << 20
+_MAX_DIRECTORY, _MAX_MEMBERS, _LONGEST_NAME = 64 << 20, 100_000, 1024
 _DEFLATE_RATIO = 1032
 """No deflate stream can grow by more than this factor."""
 
@@ -151,6 +151,8 @@ def _entries(file: InputFile, raw: bytes, count: int) -> list[_Entry]:
         if at > len(raw):
             raise _corrupt(file, f"has a broken zip directory at entry {len(entries)}")
         size, packed, header = _wide(file, raw[name_end:extra_end], (size, packed, fields[16]))
+        if len(entries) == _MAX_MEMBERS:
+            raise _unsafe(file, "has too many zip members", f"at most {_MAX_MEMBERS:,}")
         entries.append(_Entry(name, flags, method, crc, packed, size, header))
     if len(entries) != count:
         raise _corrupt(file, f"has {len(entries):,} members in its zip directory", f"{count:,}, as it says")
@@ -178,8 +180,8 @@ def _check_names(file: InputFile, names: list[bytes]) -> None:
     seen: dict[str, str] = {}
     for raw in names:
         name = _decode(raw)
-        if not name or "\0" in name:
-            raise _corrupt(file, "has a zip member with an empty or cut name", key=name)
+        if not name or "\0" in name or len(raw) > _LONGEST_NAME:
+            raise _corrupt(file, "has a zip member with an empty, cut or overlong name", key=name[:80])
         other = seen.setdefault(name.casefold(), name)
         if other is not name:
             problem = "stands twice in the zip directory" if other == name else f"differs from {other!r} only in case"

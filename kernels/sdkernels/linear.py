@@ -5,6 +5,7 @@ difference form is exact where x = y and rounds wrongly far more rarely than the
 x and y are close to each other, so their difference has no rounding error at all in float32.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -29,6 +30,9 @@ def _dtypes(terms: Sequence[Term]) -> list[torch.dtype]:
 def reference(terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
     """Add up `terms`, in order, each after the first with a fused multiply-add.
 
+    Tensors are widened one by one, just before they are used, and what was widened is computed on in place: on a CPU the
+    few buffers stay in the cache, which decides the speed.
+
     Args:
         terms: at least one; all tensors have one shape, any floating type.
         out: where to round the sum to, of the same shape, any floating type, and none of the terms' tensors.
@@ -36,22 +40,43 @@ def reference(terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
     Returns:
         `out`, or a new tensor in the accumulator's type (float32; float64 where a term has it).
     """
-    dtype = accumulator(*_dtypes(terms))
+    widen = _Widener(terms)
     total: Tensor | None = None
+    ours = False
     for weight, first, *second in terms:
-        value = first.to(dtype)
+        value, free = widen(first)
         if second:
-            value = value - second[0].to(dtype)
+            other, _ = widen(second[0])
+            value = value.sub_(other) if free else value - other
+            free = True
         if total is not None:
-            total = torch.add(total, value, alpha=weight)
+            total = total.add_(value, alpha=weight) if ours else torch.add(total, value, alpha=weight)
+            ours = True
         elif weight == 1:
-            total = value
+            total, ours = value, free
         else:
-            total = value * weight
+            total, ours = value * weight, True
     assert total is not None, "a sum of no terms has no shape"
     if out is not None:
         return out.copy_(total)
-    return total.clone() if total is terms[0][1] else total
+    return total if ours else total.clone()
+
+
+class _Widener:
+    """Widens each tensor once, and tells whether the result may be overwritten."""
+
+    def __init__(self, terms: Sequence[Term]) -> None:
+        tensors = [x for _, *tensors in terms for x in tensors]
+        self._uses = Counter(id(x) for x in tensors)
+        self._dtype = accumulator(*(x.dtype for x in tensors))
+        self._shared: dict[int, Tensor] = {}
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, bool]:
+        if self._uses[id(x)] == 1:
+            return x.to(self._dtype), x.dtype != self._dtype
+        if id(x) not in self._shared:
+            self._shared[id(x)] = x.to(self._dtype)
+        return self._shared[id(x)], False
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(propagates=True)
+@method(mixed=True, propagates=True)
 def add_difference(
     a: "Tensor",
     b: "Tensor",
@@ -29,7 +29,7 @@ def add_difference(
     return sdkernels.linear.combine(((1.0, a), (alpha, b, c)))
 
 
-@method(propagates=True)
+@method(mixed=True, propagates=True)
 def weighted_sum(
     *tensors: "Tensor",
     weights: Annotated[tuple[float, ...], Param("one weight for each model, in order")],
