@@ -15,7 +15,8 @@ from sdformats.errors import OutputExists
 from sdmerge import provenance
 from sdmerge.errors import RequestError
 from sdmerge.options import OptionFields, Options
-from sdmerge.plan import LABELS, plan_copy, plan_merge
+from sdmerge.plan import plan_copy, plan_merge
+from sdmerge.policy import LABELS
 
 if TYPE_CHECKING:
     import os

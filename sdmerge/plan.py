@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from sdmerge.method import Method
     from sdmerge.options import Options
 
-LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-"""Models are named by letters in messages, as users name them."""
-
 
 def plan_merge(
     method: Method,
@@ -41,16 +38,14 @@ def plan_merge(
         SdmergeError: the models do not fit together; nothing has been written.
     """
     notes = policy.Notes()
-    views = [policy.view(LABELS[i], source, seen, options, notes) for i, (source, seen) in enumerate(models)]
+    views = [policy.view(policy.LABELS[i], source, seen, options, notes) for i, (source, seen) in enumerate(models)]
     policy.check_together(views, options, notes)
     compute = partial(method.function, **values)
     steps: dict[str, Step] = {}
-    labels = LABELS[: len(views)]
     first = views[0]
-    flags = {"whole": not method.elementwise, "mixed": method.mixed, "propagates": method.propagates}
     for name in first.tensors:
         reads = [one.tensors.get(name) for one in views]
-        step = policy.merge_step(name, reads, compute, labels, options, notes, **flags)
+        step = policy.merge_step(name, reads, compute, method, options, notes)
         if step is not None:
             steps[name] = step
     _note_extras(views, notes)

@@ -5,7 +5,7 @@ A's keys decide what the output holds. Nothing follows a policy in silence: each
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdformats.tensor import TensorSource
+    from sdmerge.method import Method
     from sdmerge.options import Options
 
+LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""Models are named by letters in messages, as users name them."""
 EMA = "model_ema."
 COMPUTABLE = frozenset({DType.F8_E4M3, DType.F8_E5M2, DType.F16, DType.BF16, DType.F32, DType.F64})
 """Element types that can be merged; all others are copied from A."""
@@ -185,40 +188,40 @@ def reports_extra(name: str) -> bool:
 def merge_step(
     name: str,
     reads: Sequence[Read | None],
-    method: Callable[..., Tensor],
-    labels: str,
+    compute: Callable[..., Tensor],
+    method: Method,
     options: Options,
     notes: Notes,
-    **flags: bool,
 ) -> Step | None:
     """Decide about one of A's tensors: merge, copy, or leave out (None).
 
     Args:
         name: its name.
         reads: where each model has it; None where it has not. A always has it.
-        method: the merge, on tensors of one shape.
-        labels: one letter a model, for messages.
-        flags: `whole`, `mixed` and `propagates` of the step.
+        compute: the merge, on tensors of one shape.
+        method: what is said about it.
+        options: the policies.
+        notes: takes what is decided.
     """
     first = reads[0]
     assert first is not None, "A's keys decide"
     if kept := _kept_as_is(name, first, options, notes):
         return kept
-    absent = "".join(label for label, read in zip(labels, reads, strict=True) if read is None)
+    absent = "".join(label for label, read in zip(LABELS, reads, strict=False) if read is None)
     if absent:
         return _missing(name, first, absent, options, notes)
     present = tuple(read for read in reads if read is not None)
     spec = Spec(first.spec.shape, _output_type(first, options, notes))
-    for label, read in zip(labels[1:], present[1:], strict=True):
+    for label, read in zip(LABELS[1:], present[1:], strict=False):
         if read.spec.dtype not in COMPUTABLE:
             raise MismatchError(f"{read}: is {read.spec} in {label}, a type that cannot be merged (A has {first.spec})")
         if read.spec.dtype != first.spec.dtype and read.scale is None and first.scale is None:
             notes.add(f"{label} holds {read.spec.dtype} where A holds {first.spec.dtype}; computed in float32", name)
     if len({read.spec.shape for read in present}) > 1:
-        return _shared_channels(name, spec, present, method, notes)
+        return _shared_channels(name, spec, present, compute, notes)
     scaled = any(read.scale for read in present)
-    flags = {**flags, "whole": flags.get("whole", False) or scaled}
-    return replace(Step(name, spec, present, method), **flags)
+    whole = scaled or not method.elementwise
+    return Step(name, spec, present, compute, whole, method.mixed, method.propagates)
 
 
 def copy_step(name: str, read: Read, options: Options, notes: Notes, why: str = "copy") -> Step:
