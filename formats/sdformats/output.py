@@ -24,7 +24,7 @@ if sys.platform != "win32":
     import fcntl
 
 SUFFIX = ".sdmerge-tmp"
-_FLUSH_EVERY = 256 << 20
+_FLUSH_EVERY = 64 << 20
 _CAUSES = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT if hasattr(errno, "EDQUOT") else -1: "the disk quota is used up",

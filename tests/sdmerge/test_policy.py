@@ -125,7 +125,7 @@ def ema_of(tensors: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     unet = [name for name in tensors if name.startswith(toys.UNET)]
     source = torch.Generator().manual_seed(seed)
     plain = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in unet}
-    return {ema: torch.randn(tensors[name].shape, generator=source) for name, ema in plain.items()}
+    return {ema: torch.randn(tensors[name].shape, generator=source).half() for name, ema in plain.items()}
 
 
 def test_moving_averages_are_kept_dropped_or_used(tmp_path: Path, out: Path) -> None:

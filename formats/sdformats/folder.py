@@ -1,0 +1,219 @@
+"""Models that are several files: diffusers folders and sharded sets, each as one source."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdformats.errors import CorruptFile, FormatError, UnknownFormat
+from sdformats.tensor import TensorSource
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from sdformats.tensor import Spec
+
+    Opener = Callable[[Path], TensorSource]
+
+INDEX = "model_index.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_NO_MODEL = ("scheduler", "tokenizer", "feature_extractor", "image_processor", "processor")
+_MAX_INDEX = 64 << 20
+
+
+class JoinedSource(TensorSource):
+    """Several sources as one.
+
+    Args:
+        path: the folder or index that names them.
+        parts: prefix of the names, and source; owned from here on.
+        notes: what was decided while choosing them.
+
+    Raises:
+        CorruptFile: two parts hold a tensor of one name.
+    """
+
+    def __init__(self, path: Path, parts: Sequence[tuple[str, TensorSource]], notes: Sequence[str] = ()) -> None:
+        self.path = path
+        self._parts = [source for _, source in parts]
+        self._homes: dict[str, tuple[int, str]] = {}
+        specs: dict[str, Spec] = {}
+        metadata: dict[str, str] = {}
+        for index, (prefix, source) in enumerate(parts):
+            for key, spec in source.specs.items():
+                name = prefix + key
+                if name in specs:
+                    self._close_parts()
+                    raise CorruptFile(f"is in {source.path.name} and in another file too", path=path, key=name)
+                specs[name] = spec
+                self._homes[name] = (index, key)
+            metadata |= dict(source.metadata)
+        self.specs = specs
+        self.metadata = metadata
+        self.notes = (*notes, *(f"{source.path.name}: {note}" for source in self._parts for note in source.notes))
+        self.files = tuple(file for source in self._parts for file in source.files)
+        self._first_file = [sum(len(s.files) for s in self._parts[:i]) for i in range(len(self._parts))]
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """See `TensorSource.read_into`."""
+        index, key = self._homes[name]
+        self._parts[index].read_into(key, offset, buffer)
+
+    def position(self, name: str) -> tuple[int, int]:
+        """See `TensorSource.position`."""
+        index, key = self._homes[name]
+        file, offset = self._parts[index].position(key)
+        return self._first_file[index] + file, offset
+
+    def verify(self) -> None:
+        """See `TensorSource.verify`."""
+        for source in self._parts:
+            source.verify()
+
+    def close(self) -> None:
+        """See `TensorSource.close`."""
+        self._close_parts()
+
+    def _close_parts(self) -> None:
+        for source in self._parts:
+            source.close()
+
+
+class FolderSource(JoinedSource):
+    """A diffusers folder. Tensors are named ``component.key``: ``unet.conv_in.weight``."""
+
+    container = "folder"
+
+
+class ShardedSource(JoinedSource):
+    """A sharded set, as its index says."""
+
+    container = "sharded"
+
+
+def open_folder(path: Path, opener: Opener) -> TensorSource:
+    """Open a folder: a pipeline of components, or one component, sharded or not.
+
+    Args:
+        path: the folder.
+        opener: opens one file.
+
+    Raises:
+        UnknownFormat: there is no model in it, or more than one reading.
+        FormatError: as the files are.
+    """
+    components = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith((".", *_NO_MODEL))]
+    chosen = {p.name: weights for p in components if (weights := _choose(p)) is not None}
+    if (path / INDEX).is_file() or (chosen and _choose(path) is None):
+        if not chosen:
+            raise UnknownFormat("is a diffusers folder without weights", path=path, advice="download it completely")
+        return _open_components(path, chosen, opener)
+    own = _choose(path)
+    if own is None:
+        raise UnknownFormat(
+            "is a folder without model weights", path=path, expected="a diffusers folder or a sharded set"
+        )
+    weights, aside = own
+    if aside:
+        others = ", ".join(sorted(aside)[:3])
+        if _stem(weights.name) not in _STEMS:
+            raise UnknownFormat(
+                f"holds several models ({weights.name}, {others})", path=path, advice="name one of them"
+            )
+    return opener(weights)
+
+
+def _open_components(path: Path, chosen: Mapping[str, tuple[Path, list[str]]], opener: Opener) -> FolderSource:
+    parts: list[tuple[str, TensorSource]] = []
+    notes = []
+    try:
+        for component, (weights, aside) in chosen.items():
+            parts.append((f"{component}.", opener(weights)))
+            if aside:
+                notes.append(f"{component}: read {weights.name}, not {', '.join(sorted(aside))}")
+    except BaseException:
+        for _, source in parts:
+            source.close()
+        raise
+    return FolderSource(path, parts, notes)
+
+
+def _stem(name: str) -> str:
+    return name.partition(".")[0].partition("-000")[0]
+
+
+def _choose(folder: Path) -> tuple[Path, list[str]] | None:
+    """Return a component's weights (a file or an index) and the names set aside; None where there are none.
+
+    safetensors before pickles, and full precision before a variant such as ``.fp16.``.
+    """
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    indices = [p for p in files if p.name.endswith(".index.json")]
+    shards = {shard for index in indices for shard in _shards_named(index)}
+    plain = [p for p in files if p.suffix in _WEIGHTS and p.name not in shards]
+    plain = [p for p in plain if not (p.suffix in (".pt", ".pth", ".ckpt") and _stem(p.name) not in _STEMS)]
+    candidates = [*indices, *plain]
+    if not candidates:
+        return None
+
+    def rank(path: Path) -> tuple[bool, bool, bool, str]:
+        inner = path.name.removesuffix(".index.json")
+        pickled = not inner.endswith(".safetensors")
+        return pickled, _stem(inner) not in _STEMS, inner.count(".") > 1, path.name
+
+    best = min(candidates, key=rank)
+    return best, [p.name for p in candidates if p != best]
+
+
+def _shards_named(index: Path) -> set[str]:
+    try:
+        return set(_weight_map(index).values())
+    except FormatError:
+        return set()  # told when, and only when, the index is the one that is opened
+
+
+def open_index(path: Path, opener: Opener) -> ShardedSource:
+    """Open a sharded set by its ``*.index.json``.
+
+    Raises:
+        CorruptFile: the index names files elsewhere, or it and its shards do not agree.
+        FormatError: as the shards are.
+    """
+    placed = _weight_map(path)
+    parts: list[tuple[str, TensorSource]] = []
+    try:
+        for shard in sorted(set(placed.values())):
+            parts.append(("", opener(path.parent / shard)))
+        for _, source in parts:
+            for key in source.specs:
+                if placed.get(key) != source.path.name:
+                    said = placed.get(key, "no file")
+                    raise CorruptFile(f"is in {source.path.name}, and the index says {said}", path=path, key=key)
+        held = {key for _, source in parts for key in source.specs}
+        for key, shard in placed.items():
+            if key not in held:
+                raise CorruptFile(f"is not in {shard}, where the index has it", path=path, key=key)
+        return ShardedSource(path, parts)
+    except BaseException:
+        for _, source in parts:
+            source.close()
+        raise
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    if path.stat().st_size > _MAX_INDEX:
+        raise CorruptFile("is too large for an index", path=path, expected=f"at most {_MAX_INDEX:,} bytes")
+    try:
+        index: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"is no valid JSON: {error}", path=path) from error
+    placed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(placed, dict) or not placed:
+        raise CorruptFile("has no weight_map", path=path, expected="an object of tensor names and file names")
+    for key, shard in placed.items():
+        inside = isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard and ":" not in shard
+        if not inside or shard in ("", ".", ".."):
+            raise CorruptFile(f"is said to be in {shard!r}", path=path, key=key, expected="a file beside the index")
+    return placed

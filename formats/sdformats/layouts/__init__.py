@@ -1,0 +1,6 @@
+"""The checkpoint layouts: one file for each architecture, naming its single-file and its diffusers spelling."""
+
+from sdformats.layouts import flux, sd, sd3, sdxl
+
+LAYOUTS = (*sd.LAYOUTS, *sdxl.LAYOUTS, *sd3.LAYOUTS, *flux.LAYOUTS)
+"""Every layout; see `sdformats.layout.detect`."""

@@ -1,0 +1,35 @@
+"""Flux: double blocks, then single blocks."""
+
+from __future__ import annotations
+
+from sdformats.layout import DIFFUSERS, SINGLE_FILE, Facts, Layout
+
+
+def _variant(facts: Facts) -> str:
+    """Tell fill by the mask and picture stacked on its input: six times as many channels as it puts out."""
+    into = facts.width("img_in.weight") or facts.width("x_embedder.weight")
+    out = facts.width("final_layer.linear.weight", 0) or facts.width("proj_out.weight", 0)
+    if into and out and into == 6 * out:
+        return "fill"
+    if into and out and into == 2 * out:
+        return "control"
+    guided = facts.has(r"guidance_in\.|time_text_embed\.guidance_embedder\.")
+    return "dev" if guided else "schnell"
+
+
+def _double_blocks(facts: Facts) -> bool:
+    return facts.has(r"double_blocks\.\d+\.img_attn\.")
+
+
+def _single_blocks(facts: Facts) -> bool:
+    return facts.has(r"single_blocks\.\d+\.")
+
+
+def _single_transformer_blocks(facts: Facts) -> bool:
+    return facts.has(r"single_transformer_blocks\.\d+\.")
+
+
+LAYOUTS = (
+    Layout("flux", SINGLE_FILE, (_double_blocks,), (_single_blocks,), _variant),
+    Layout("flux", DIFFUSERS, (_single_transformer_blocks,), (), _variant),
+)

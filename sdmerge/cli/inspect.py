@@ -1,0 +1,60 @@
+"""``sdmerge inspect``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from sdformats.errors import FormatError
+from sdmerge.cli import screen
+
+_SHORT = 80
+
+
+@click.command("inspect")
+@click.argument("paths", type=click.Path(), nargs=-1, required=True, metavar="PATH ...")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one for each path.")
+@click.option("--tensors", is_flag=True, help="List every tensor too.")
+@click.option("--family", help="What the model is, where its structure does not tell.")
+def inspect(paths: tuple[str, ...], as_json: bool, tensors: bool, family: str | None) -> int:
+    """Say what a model file is and holds."""
+    from sdmerge.inspection import inspect_path
+
+    found: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            found.append(inspect_path(path, family=family, tensors=tensors))
+        except FormatError as error:
+            found.append({"path": path, "error": str(error)})
+    if as_json:
+        screen.json(found)
+    for entry in found:
+        if "error" in entry:
+            screen.error(entry["error"])
+        elif not as_json:
+            _show(entry)
+    return 1 if any("error" in entry for entry in found) else 0
+
+
+def _show(entry: dict[str, Any]) -> None:
+    what = " ".join(str(entry[key]) for key in ("family", "variant", "kind") if entry[key] and entry[key] != "base")
+    rows = [
+        ("what", what),
+        ("container", entry["container"] + (f", {entry['layout']} names" if entry["layout"] else "")),
+        ("size", f"{screen.human(entry['bytes'])}, {entry['tensors']:,} tensors"),
+        ("parameters", f"{entry['parameters']:,}"),
+        *((f"  {part}", f"{count:,}") for part, count in entry["components"].items()),
+        ("types", ", ".join(f"{dtype} {count:,}" for dtype, count in entry["dtypes"].items()) or "none"),
+        *((f"  {key}", _shortened(value)) for key, value in sorted(entry["metadata"].items())),
+    ]
+    screen.table(entry["path"], ("", ""), rows)
+    for warning in entry["warnings"]:
+        screen.warn(warning)
+    if "list" in entry:
+        listed = [(t["name"], t["dtype"], "x".join(map(str, t["shape"])) or "scalar") for t in entry["list"]]
+        screen.table("", ("tensor", "type", "shape"), listed)
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= _SHORT else f"{value[:_SHORT]}... ({len(value):,} characters)"

@@ -1,0 +1,117 @@
+"""The hashes by which model files are known."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sdformats.positional import InputFile
+    from sdformats.tensor import TensorSource
+
+CHUNK = 1 << 20
+_LEGACY_AT, _LEGACY_SIZE = 0x100000, 0x10000
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """A file's hashes, in lower-case hex.
+
+    Attributes:
+        sha256: of the whole file; None for a folder.
+        autov2: its first 10 digits.
+        autov3: first 12 digits of the sha256 of the bytes after the header; safetensors only.
+        legacy: first 8 digits of the sha256 of 64 KiB at 1 MiB, A1111's old model hash.
+        tensors: of the tensors alone, see `tensor_hash`.
+    """
+
+    sha256: str | None
+    autov2: str | None
+    autov3: str | None
+    legacy: str | None
+    tensors: str
+
+
+def hashes(source: TensorSource, progress: Callable[[int], None] = lambda _: None) -> Hashes:
+    """Return every hash that a source has.
+
+    Args:
+        source: an open source.
+        progress: called with the number of bytes hashed since the last call; from several threads.
+
+    Raises:
+        FormatError: the file cannot be read, changed, or fails its checksums.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        inner = pool.submit(tensor_hash, source, progress)
+        whole, rest = _file_hashes(source, progress) if len(source.files) == 1 else (None, None)
+        tensors = inner.result()
+    source.verify()
+    return Hashes(
+        sha256=whole,
+        autov2=whole[:10] if whole else None,
+        autov3=rest[:12] if rest else None,
+        legacy=legacy(source.files[0]) if len(source.files) == 1 else None,
+        tensors=tensors,
+    )
+
+
+def sha256(file: InputFile) -> str:
+    """Return the sha256 of a whole file, in hex."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    for offset in range(0, file.size, CHUNK):
+        part = buffer[: min(CHUNK, file.size - offset)]
+        file.read_into(offset, part)
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def legacy(file: InputFile) -> str:
+    """Return A1111's old model hash: 64 KiB at 1 MiB; what of that lies beyond a short file's end counts as nothing."""
+    size = max(0, min(_LEGACY_SIZE, file.size - _LEGACY_AT))
+    return hashlib.sha256(file.read(_LEGACY_AT, size)).hexdigest()[:8]
+
+
+def tensor_hash(source: TensorSource, progress: Callable[[int], None] = lambda _: None) -> str:
+    """Return the sha256 over the tensors alone: the same for any container and any order of the file.
+
+    For each tensor, sorted by the UTF-8 bytes of its name: the line ``name NUL dtype NUL d0,d1,… LF`` (dtype as safetensors
+    calls it, dimensions in decimal), then its bytes, little-endian and contiguous.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    for name in sorted(source.specs, key=lambda name: name.encode()):
+        spec = source.specs[name]
+        digest.update(f"{name}\0{spec.dtype}\0{','.join(map(str, spec.shape))}\n".encode())
+        for offset in range(0, spec.nbytes, CHUNK):
+            part = buffer[: min(CHUNK, spec.nbytes - offset)]
+            source.read_into(name, offset, part)
+            digest.update(part)
+            progress(len(part))
+    return digest.hexdigest()
+
+
+def _file_hashes(source: TensorSource, progress: Callable[[int], None]) -> tuple[str, str | None]:
+    """Return the sha256 of the file and, for safetensors, of what follows its header, in one read."""
+    from sdformats.safetensors import SafetensorsSource
+
+    file = source.files[0]
+    start = source.data_start if isinstance(source, SafetensorsSource) else None
+    whole, rest = hashlib.sha256(), hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    offset = 0
+    while offset < file.size:
+        border = start if start is not None and offset < start else file.size
+        part = buffer[: min(CHUNK, border - offset)]
+        file.read_into(offset, part)
+        whole.update(part)
+        if start is not None and offset >= start:
+            rest.update(part)
+        offset += len(part)
+        progress(len(part))
+    return whole.hexdigest(), rest.hexdigest() if start is not None else None
