@@ -52,7 +52,7 @@ class World(Protocol):
         """Give items to an object that is no plain list or dict; say whether it takes any."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)  # what is on the stack can take for ever to print
 class Machine:
     """One run over one pickle."""
 

@@ -38,7 +38,7 @@ _LATIN1 = ("latin1", "latin-1", "iso-8859-1")
 _CODE_ROOTS = ("torch.nn.", "diffusers.", "transformers.", "ldm.")
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Node:
     """An object of a known class, without behaviour: what it was made from, and the state it was given."""
 
@@ -57,7 +57,7 @@ class Storage:
     big_endian: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class StorageId:
     """What a pickle says about a storage that lies outside it."""
 

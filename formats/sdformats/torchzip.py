@@ -23,6 +23,7 @@ _LOCAL = struct.Struct("<4s5H3I2H")
 _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
+_DIRECTORY = 0x10
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED, _DESCRIPTOR, _UTF8 = 1, 8, 0x800
 _MAX_DIRECTORY, _MAX_MEMBERS, _LONGEST_NAME = 64 << 20, 100_000, 1024
@@ -150,6 +151,9 @@ def _entries(file: InputFile, raw: bytes, count: int) -> list[_Entry]:
         at = extra_end + fields[12]
         if at > len(raw):
             raise _corrupt(file, f"has a broken zip directory at entry {len(entries)}")
+        if fields[13] or (fields[15] & _DIRECTORY and size):
+            # torch takes such a member for empty, and leaves the tensor as the memory happened to be.
+            raise _unsafe(file, f"has zip entry {len(entries)} marked as a folder or on another disk", "plain members")
         size, packed, header = _wide(file, raw[name_end:extra_end], (size, packed, fields[16]))
         if len(entries) == _MAX_MEMBERS:
             raise _unsafe(file, "has too many zip members", f"at most {_MAX_MEMBERS:,}")
