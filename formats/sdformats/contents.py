@@ -29,6 +29,7 @@ MAX_DEPTH = 64
 MAX_NODES = 2_000_000
 _MAX_PLAIN, _PLAIN_DEPTH = 256, 8
 """Values and levels in a list or dict that is still taken for metadata."""
+_LONGEST_TEXT = 1 << 20
 _SHOWN = 8
 
 
@@ -178,7 +179,7 @@ def _take_plain(key: object, value: object, content: Content, walk: _Walk, *, di
         text = json.dumps(value, ensure_ascii=False)
     else:
         return False
-    if not _is_text(text):
+    if not _is_text(text) or len(text) > _LONGEST_TEXT:
         return False
     content.metadata[key] = text
     return True
@@ -264,7 +265,7 @@ class _Top:
         if isinstance(value, Storage):
             raise self._place.unsupported(f"holds a bare storage {_shown(name)!r}", "tensors")
         what = value.kind if isinstance(value, Node) else value if isinstance(value, Global) else None
-        shown = _shown(name) + (f" [{what}]" if what else "")
+        shown = (_shown(name) or "the whole") + (f" [{what}]" if what else "")
         self._left.append(shown + _counted(tensors))
 
 

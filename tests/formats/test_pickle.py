@@ -15,6 +15,7 @@ import torch
 
 from sdformats.errors import FormatError, UnknownFormat, UnsafeFile, UnsupportedFile
 from sdformats.pickle import PickleSource, looks_like_pickle, looks_like_zip, open_pickle
+from sdformats.records import Recent
 from tests.formats import hostile_pickles as h
 from tests.formats.pickle_oracle import TYPES, check, flatten, raw, save
 
@@ -186,6 +187,52 @@ def test_the_first_storages_could_be_parts_of_others(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(h.legacy({"part": made, "whole": h.tensor((6,), (1,), 0, whole)}, ["0"], (6, h.FLOATS)))
     check(path, {"part": torch.tensor([3.0, 4.0]), "whole": torch.arange(6.0)})
+
+
+def test_spellings_that_few_writers_use(tmp_path: Path) -> None:
+    element = h.call(h.name("numpy", "dtype"), "f4")
+    objects = h.call(h.name("numpy", "dtype"), "O8")
+    cpu = h.name("torch._utils", "_rebuild_device_tensor_from_cpu_tensor")
+    value = {
+        "pairs": h.call(h.name("collections", "OrderedDict"), [["t", h.tensor()]]),
+        "moved": h.call(cpu, h.tensor(), h.name("torch", "float32"), "xla:0", False),
+        "flag": h.Raw(b"I01\n"),
+        "number": h.Raw(b"I12345678901\n"),
+        "scalar": h.call(h.name("numpy.core.multiarray", "scalar"), element, h.Raw(b"U\4\0\0\x80?")),
+        "object": h.call(h.name("numpy.core.multiarray", "scalar"), objects, None),
+        "buffer": h.call(h.name("numpy.core.numeric", "_frombuffer"), b"", objects, (0,), "C"),
+        "bytes": h.call(h.name("builtins", "bytearray"), b"x"),
+        "named": h.Raw(h.name("argparse", "Namespace") + b")}\x92"),
+        "old": h.call(h.name("copyreg", "_reconstructor"), h.name("collections", "OrderedDict")),
+        "kind": h.Raw(h.name("numpy.dtypes", "Float64DType")),
+        "set": h.Raw(b"\x8f(K\1K\2\x90"),
+        h.Raw(h.name("argparse", "Namespace")): 3,
+    }
+    path = h.write_zip(tmp_path / "x.pt", value)
+    source = check(path, {"pairs.t": torch.arange(6.0), "moved": torch.arange(6.0)})
+    assert source.metadata == {
+        "flag": "true", "number": "12345678901", "scalar": "1.0", "old": "{}", "set": "[1, 2]",
+    }  # fmt: skip
+    assert source.notes == (
+        "left out, as they are no tensors: object [numpy.core.multiarray.scalar], buffer, bytes, named [argparse.Namespace], "
+        "kind [numpy.dtypes.Float64DType], argparse.Namespace",
+    )
+
+
+def test_what_was_costly_is_kept_within_a_budget() -> None:
+    made: list[str] = []
+    recent = Recent(100)
+
+    def ask(key: str, size: int) -> None:
+        data = recent.get(key, lambda: made.append(key) or bytes(size))  # type: ignore[func-returns-value]
+        assert len(data) == size
+
+    for key, size in (("a", 40), ("b", 40), ("a", 40), ("c", 40), ("a", 40), ("b", 40), ("d", 500), ("d", 500)):
+        ask(key, size)
+    assert made == ["a", "b", "c", "b", "d"]
+    recent.clear()
+    ask("d", 500)
+    assert made[-2:] == ["d", "d"]
 
 
 @pytest.mark.parametrize("head", [b"\x80\x02}q\x00", b"\x80\x04\x95\x10\0\0\0\0\0", h.MAGIC[:9]])

@@ -129,6 +129,18 @@ ARGUMENTS = {
     "storage of a long key": h.tensor(held=h.storage("0" * 100000)),
     "storage without a key": h.tensor(held=h.storage("")),
     "untyped where a type is needed": h.tensor(held=h.storage("0", 24, h.name("torch.storage", "UntypedStorage"))),
+    "cpu tensor of another type": h.call(
+        h.name("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"), h.tensor(), h.name("torch", "int8"), "xla", False
+    ),
+    "an array called": h.call(h.name("numpy", "ndarray"), (3,)),
+    "array of five numbers": h.build(h.call(h.name("numpy.core.multiarray", "_reconstruct"), 0), (1, 2, 3, 4, 5)),
+    "array of numbers for bytes": h.build(
+        h.call(h.name("numpy.core.multiarray", "_reconstruct"), 0), (1, (1,), ELEMENT, False, 5)
+    ),
+    "element type of no state": h.build(ELEMENT, (3, "x")),
+    "scalar of no type": h.call(h.name("numpy.core.multiarray", "scalar"), "f4", b"1234"),
+    "buffer of no type": h.call(h.name("numpy.core.numeric", "_frombuffer"), b"1234", "f4", (1,), "C"),
+    "forty dimensions": h.tensor((1,) * 40, (1,) * 40),
     "array of no state": h.build(h.call(h.name("numpy.core.multiarray", "_reconstruct"), 0), {}),
     "element type of a number": h.call(h.name("numpy", "dtype"), 3),
     "scalar of too many bytes": h.call(h.name("numpy.core.multiarray", "scalar"), ELEMENT, b"12"),

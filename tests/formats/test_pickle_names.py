@@ -163,6 +163,7 @@ class TestNames:
         )
 
     def test_large_plain_lists_are_no_metadata(self, tmp_path: Path) -> None:
-        source = self.open(tmp_path, {"state_dict": {"t": torch.ones(1)}, "log": list(range(300)), "few": [1.5, "x"]})
+        values = {"log": list(range(300)), "text": "x" * 2_000_000, "few": [1.5, "x"]}
+        source = self.open(tmp_path, {"state_dict": {"t": torch.ones(1)}} | values)
         assert source.metadata == {"few": '[1.5, "x"]'}
-        assert source.notes == ("left out beside 'state_dict': log",)
+        assert source.notes == ("left out beside 'state_dict': log, text",)

@@ -202,7 +202,7 @@ def test_nesting_and_sharing(tmp_path: Path) -> None:
     node = h.name("argparse", "Namespace")
     chain = b"\x80\x02" + node + b"q\0)\x81" + b"q\x010h\0)\x81h\x01b" * 50_000 + b"."
     with open_pickle(h.write_zip(tmp_path / "x.pt", chain)) as source:
-        assert source.notes == ("left out, as they are no tensors:  [argparse.Namespace]", "holds no tensors")
+        assert source.notes == ("left out, as they are no tensors: the whole [argparse.Namespace]", "holds no tensors")
 
 
 def test_what_is_held_is_never_printed(tmp_path: Path) -> None:
