@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sdkernels import cast
-from sdmerge.dtypes import TORCH
+from sdmerge import worker
 from sdmerge.errors import NonFiniteInput, OutputOverflow, RequestError
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from sdmerge.options import Options
     from sdmerge.step import Plan, Read, Step
 
-BLOCK = 1 << 18
-"""Elements in a block: a few buffers of this size stay in a core's cache, and the cost of a call is spread thin."""
-_WIDEST = 8
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _MAX_THREADS = 8
 
@@ -59,22 +56,22 @@ def run(plan: Plan, sink: TensorSink, options: Options, progress: Callable[[int]
         FormatError: an input cannot be read, or the output not written.
     """
     keep_freed_memory()
-    job = _Job(plan, sink, options)
+    job = Job(plan, sink, options)
     intra_op = torch.get_num_threads()
     torch.set_num_threads(1)  # parallel over blocks: one thread each, the same bytes for any number of them
     count = options.threads or min(_MAX_THREADS, available_cores())
-    workers = [threading.Thread(target=job.work, name=f"sdmerge-{i}", daemon=True) for i in range(count)]
+    threads = [threading.Thread(target=job.work, name=f"sdmerge-{i}", daemon=True) for i in range(count)]
     try:
-        for worker in workers:
-            worker.start()
-        while any(worker.is_alive() for worker in workers):
-            for worker in workers:
-                worker.join(0.05)
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(0.05)
             progress(job.take_progress())
     finally:
         job.stop.set()
-        for worker in workers:
-            worker.join()
+        for thread in threads:
+            thread.join()
         torch.set_num_threads(intra_op)
     progress(job.take_progress())
     if job.error is not None:
@@ -121,7 +118,7 @@ def pick_device(options: Options) -> torch.device:
     return device
 
 
-class _Job:
+class Job:
     """What the workers share."""
 
     def __init__(self, plan: Plan, sink: TensorSink, options: Options) -> None:
@@ -140,19 +137,19 @@ class _Job:
         """Take blocks until there are none, or until someone fails."""
         try:
             with torch.inference_mode():
-                worker = _Worker(self)
+                mine = worker.Worker(self)
                 while not self.stop.is_set():
                     with self._lock:
                         block = next(self._blocks, None)
                     if block is None:
                         return
-                    worker.do(*block)
+                    self._advance(mine.do(*block))
         except BaseException as error:
             with self._lock:
                 self.error = self.error or error
             self.stop.set()
 
-    def advance(self, count: int) -> None:
+    def _advance(self, count: int) -> None:
         with self._lock:
             self._done += count
 
@@ -197,146 +194,5 @@ def _blocks(plan: Plan) -> Iterator[tuple[Step, int, int]]:
         if step.whole:
             yield step, 0, count
             continue
-        for start in range(0, count, BLOCK):
-            yield step, start, min(BLOCK, count - start)
-
-
-class _Buffer:
-    """Memory for the raw bytes of one block, as a tensor and as something to read into."""
-
-    def __init__(self, nbytes: int, *, pinned: bool) -> None:
-        self._tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
-        self._view = as_bytes(self._tensor)
-
-    def bytes(self, nbytes: int) -> memoryview:
-        return self._view[:nbytes]
-
-    def tensor(self, nbytes: int, dtype: torch.dtype) -> Tensor:
-        return self._tensor[:nbytes].view(dtype)
-
-
-class _Worker:
-    """A thread's own buffers, and what it does with a block."""
-
-    def __init__(self, job: _Job) -> None:
-        self.job = job
-        self.pinned = job.device.type == "cuda"
-        self.stream = torch.cuda.Stream(job.device) if self.pinned else None  # type: ignore[no-untyped-call]
-        self.inputs: list[_Buffer] = []
-        self.output = _Buffer(BLOCK * _WIDEST, pinned=self.pinned)
-
-    def do(self, step: Step, start: int, count: int) -> None:
-        """Read, compute and write one block, or one whole tensor."""
-        if step.whole:
-            with self.job.whole:
-                self._whole(step)
-        elif step.compute is None and step.reads[0].spec.dtype == step.spec.dtype:
-            self._copy(step, start, count)
-        else:
-            with torch.cuda.stream(self.stream):
-                self._blockwise(step, start, count)
-        read = sum(r.spec.nbytes if step.whole else count * r.spec.dtype.bits // 8 for r in step.reads)
-        self.job.advance(read + count * step.spec.dtype.bits // 8)
-
-    def _copy(self, step: Step, start: int, count: int) -> None:
-        read = step.reads[0]
-        bits = read.spec.dtype.bits
-        offset, nbytes = start * bits // 8, count * bits // 8  # BLOCK is a multiple of 8, so blocks end on bytes
-        data = self._input(0).bytes(nbytes)
-        read.source.read_into(read.key, offset, data)
-        dtype = TORCH.get(read.spec.dtype)
-        if dtype is not None and read.spec.dtype.is_float:
-            values = self._input(0).tensor(nbytes, dtype).to(torch.float32)
-            if not _bounded(values, torch.float32):
-                self.job.count_nonfinite(read, values)
-        self.job.sink.write(step.name, offset, data)
-
-    def _blockwise(self, step: Step, start: int, count: int) -> None:
-        values = self._read_block(step, start, count)
-        result = step.compute(*values) if step.compute is not None else values[0]
-        dtype = TORCH[step.spec.dtype]
-        nbytes = count * dtype.itemsize
-        out = self.output.tensor(nbytes, dtype)
-        self._check(step, values, result, dtype)
-        saturate = self.job.options.overflow == "saturate"
-        if self.stream is None:
-            cast.narrow(result, out, saturate=saturate)
-        else:
-            rounded = torch.empty(count, dtype=dtype, device=result.device)
-            out.copy_(cast.narrow(result, rounded, saturate=saturate), non_blocking=True)
-            self.stream.synchronize()
-        self.job.sink.write(step.name, start * dtype.itemsize, self.output.bytes(nbytes))
-
-    def _read_block(self, step: Step, start: int, count: int) -> list[Tensor]:
-        """Return one block of each input: as stored for a mixed step, else in the type to compute in."""
-        wide = cast.accumulator(*(TORCH[read.spec.dtype] for read in step.reads))
-        values = []
-        for index, read in enumerate(step.reads):
-            dtype = TORCH[read.spec.dtype]
-            nbytes = count * dtype.itemsize
-            buffer = self._input(index)
-            read.source.read_into(read.key, start * dtype.itemsize, buffer.bytes(nbytes))
-            value = buffer.tensor(nbytes, dtype)
-            if self.stream is not None:
-                value = value.to(self.job.device, non_blocking=True)
-            values.append(value if step.mixed else value.to(wide))
-        return values
-
-    def _whole(self, step: Step) -> None:
-        """Whole tensors, scaled where they are fp8 with a factor. Memory is what the tensors take."""
-        values = [whole(read).to(self.job.device) for read in step.reads]
-        assert step.compute is not None, "only a computation needs whole tensors"
-        result = step.compute(*values)
-        dtype = TORCH[step.spec.dtype]
-        out = torch.empty(step.spec.shape, dtype=dtype)
-        if step.spec.dtype.is_float:
-            self._check(step, values, result, dtype)
-            cast.narrow(result.cpu(), out, saturate=self.job.options.overflow == "saturate")
-        else:
-            out.copy_(result)
-        if step.spec.nbytes:
-            self.job.sink.write(step.name, 0, as_bytes(out))
-
-    def _check(self, step: Step, values: list[Tensor], result: Tensor, dtype: torch.dtype) -> None:
-        """Look for NaN, infinity and overflow: one cheap reduction where all is well."""
-        suspicious = not _bounded(result, dtype)
-        bad = 0
-        if suspicious or not step.propagates:
-            for read, value in zip(step.reads, values, strict=True):
-                if suspicious or not _bounded(value, torch.float32):
-                    bad += self.job.count_nonfinite(read, value)
-        if suspicious:
-            self.job.count_overflow(step, result, dtype, finite=not bad)
-
-    def _input(self, index: int) -> _Buffer:
-        while len(self.inputs) <= index:
-            self.inputs.append(_Buffer(BLOCK * _WIDEST, pinned=self.pinned))
-        return self.inputs[index]
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor, writable, as bytes."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def whole(read: Read) -> Tensor:
-    """Return one tensor, widened to float32 (float64 stays), times its factor where it has one."""
-    dtype = TORCH[read.spec.dtype]
-    values = (
-        torch.frombuffer(read.source.read(read.key), dtype=dtype) if read.spec.nbytes else torch.empty(0, dtype=dtype)
-    )
-    values = values.reshape(read.spec.shape).to(cast.accumulator(dtype))
-    if read.scale is None:
-        return values
-    factor = torch.frombuffer(read.source.read(read.scale), dtype=TORCH[read.source.specs[read.scale].dtype]).float()
-    return values * (factor if factor.numel() == 1 else factor.reshape(-1, *[1] * (values.dim() - 1)))
-
-
-def _bounded(values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether no element can be NaN, infinite or too large for `dtype`. May say no where all is well, never yes wrongly.
-
-    If the sum of squares is below the limit's square, so is every square; NaN and infinity make the comparison false.
-    A sum is cheaper than a look at each element. The half leaves room for the sum's own rounding.
-    """
-    flat = values.reshape(-1)
-    return bool(torch.dot(flat, flat).item() < 0.5 * min(cast.limit(dtype), 1e18) ** 2)
+        for start in range(0, count, worker.BLOCK):
+            yield step, start, min(worker.BLOCK, count - start)

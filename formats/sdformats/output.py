@@ -24,7 +24,7 @@ if sys.platform != "win32":
     import fcntl
 
 SUFFIX = ".sdmerge-tmp"
-_FLUSH_EVERY = 64 << 20
+_FLUSH_EVERY = 128 << 20
 _CAUSES = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT if hasattr(errno, "EDQUOT") else -1: "the disk quota is used up",
@@ -33,6 +33,8 @@ _CAUSES = {
     errno.EACCES: "no permission to write there",
     errno.EPERM: "no permission to write there",
 }
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
+"""How file systems without hard links, and systems that forbid them, say so."""
 
 
 class PendingFile:
@@ -54,7 +56,7 @@ class PendingFile:
         self.target = Path(os.path.realpath(path))
         self._overwrite = overwrite
         self._old_mode = self._check_target()
-        self._check_room()
+        check_room(self.path, self.target.parent, size)
         remove_stale(self.target)
         self._temporary: Path | None = None
         try:
@@ -88,10 +90,9 @@ class PendingFile:
         assert self._handle is not None, "commit after commit or abort"
         fd = self._handle.fd
         try:
-            self._flusher.finish()
             if self._old_mode is not None and hasattr(os, "fchmod"):
                 os.fchmod(fd, self._old_mode)
-            self._sync(fd)
+            self._flusher.finish()
             self._publish(fd)
             sync_folder(self.target.parent)
         except FileExistsError as error:
@@ -103,17 +104,17 @@ class PendingFile:
         except BaseException:
             self.abort()
             raise
+        self._temporary = None
         self._close()
 
     def abort(self) -> None:
-        """Remove the temporary file. Does nothing after `commit`."""
-        if self._handle is None:
-            return
+        """Remove the temporary file. Does nothing after `commit`, and does not wait for the disk."""
         self._flusher.cancel()
         self._close()
-        if self._temporary is not None:
+        temporary, self._temporary = self._temporary, None
+        if temporary is not None:
             with contextlib.suppress(OSError):
-                self._temporary.unlink()
+                temporary.unlink()
 
     def _check_target(self) -> int | None:
         """Return the permissions of the file to be replaced, if there is one."""
@@ -133,29 +134,22 @@ class PendingFile:
             raise self._exists()
         return stat.S_IMODE(status.st_mode)
 
-    def _check_room(self) -> None:
-        free = shutil.disk_usage(self.target.parent).free
-        if self.size > free:
-            raise WriteError(
-                f"needs {self.size:,} bytes, and {free:,} are free in {self.target.parent}",
-                path=self.path,
-                advice="make room or choose another folder",
-            )
-
     def _open(self) -> int:
         folder = self.target.parent
         if hasattr(os, "O_TMPFILE"):
             with contextlib.suppress(OSError):
                 fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
                 if Path(_descriptor(fd)).exists():
+                    _lock(fd)  # it will have a name for a moment
                     return fd
                 os.close(fd)
-        self._temporary = self._temporary_name()
-        fd = open_exclusive(self._temporary, 0o666)
-        if sys.platform != "win32":
-            with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return fd
+        while True:
+            self._temporary = self._temporary_name()
+            fd = open_exclusive(self._temporary, 0o666)
+            _lock(fd)
+            if self._temporary.exists():
+                return fd
+            os.close(fd)  # another run took it for a stale one before it was locked
 
     def _temporary_name(self) -> Path:
         return self.target.with_name(f".{_stem(self.target)}.{secrets.token_hex(4)}{SUFFIX}")
@@ -176,19 +170,14 @@ class PendingFile:
             return
         try:
             os.link(self._temporary, self.target)
-        except (PermissionError, NotImplementedError):  # a file system without hard links
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
             if self.target.exists():
                 raise FileExistsError(errno.EEXIST, "file exists") from None
             self._temporary.rename(self.target)
         else:
             self._temporary.unlink()
-
-    def _sync(self, fd: int) -> None:
-        if sys.platform == "darwin":
-            with contextlib.suppress(OSError):  # fsync alone stops at the drive's own cache there
-                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-                return
-        os.fsync(fd)
 
     def _close(self) -> None:
         handle, self._handle = self._handle, None
@@ -204,12 +193,13 @@ class PendingFile:
 
 
 class _Flusher:
-    """Starts writing back to the disk early, so that the final sync is short and the pile of unwritten data small."""
+    """Forces a file to the disk, in a thread: early, so that the last sync is short; and so that a signal reaches whoever waits."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._pending = 0
         self._due = threading.Condition()
+        self._last = False
         self._stop = False
         self._error: OSError | None = None
         self._thread: threading.Thread | None = None
@@ -221,37 +211,59 @@ class _Flusher:
                 return
             if self._error is not None:
                 raise self._error
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="sdmerge-flush", daemon=True)
-                self._thread.start()
-            self._due.notify()
+            self._wake()
 
     def finish(self) -> None:
-        """Wait for the thread; raise what it met: a failed sync is a failed write, and is reported only once."""
-        self.cancel()
+        """Wait until all is on the disk. What an earlier sync met is raised too: the system reports a fault only once."""
+        with self._due:
+            self._last = True
+            thread = self._wake()
+        thread.join()
         if self._error is not None:
             raise self._error
 
     def cancel(self) -> None:
+        """Sync no more. A sync that is under way is not waited for: it may take long, and has a descriptor of its own."""
         with self._due:
             self._stop = True
             self._due.notify()
-        if self._thread is not None:
-            self._thread.join()
+        if sys.platform == "win32" and self._thread is not None:
+            self._thread.join()  # an open file cannot be removed there
 
-    def _run(self) -> None:
-        sync = getattr(os, "fdatasync", os.fsync)
-        while True:
-            with self._due:
-                self._due.wait_for(lambda: self._stop or self._pending >= _FLUSH_EVERY)
-                if self._stop:
-                    return
-                self._pending = 0
-            try:
-                sync(self._fd)
-            except OSError as error:
-                self._error = error
-                return
+    def _wake(self) -> threading.Thread:
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, args=(os.dup(self._fd),), name="sdmerge-flush", daemon=True
+            )
+            self._thread.start()
+        self._due.notify()
+        return self._thread
+
+    def _run(self, fd: int) -> None:
+        last = False
+        try:
+            while not last:
+                with self._due:
+                    self._due.wait_for(lambda: self._stop or self._last or self._pending >= _FLUSH_EVERY)
+                    if self._stop:
+                        return
+                    last, self._pending = self._last, 0
+                (_sync if last else _sync_data)(fd)
+        except OSError as error:
+            self._error = error
+        finally:
+            os.close(fd)
+
+
+def check_room(path: Path, folder: Path, size: int) -> None:
+    """Raise WriteError, about the output `path`, where `folder` has less than `size` bytes of room."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise WriteError(
+            f"needs {size:,} bytes, and {free:,} are free in {folder}",
+            path=path,
+            advice="make room or choose another folder",
+        )
 
 
 def remove_stale(target: Path) -> None:
@@ -276,7 +288,10 @@ def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable, where the system lets a folder be synced."""
     if sys.platform == "win32":
         return
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:  # one may be allowed to write to a folder, and not to read it
+        return
     try:
         os.fsync(fd)
     except OSError as error:
@@ -284,6 +299,25 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def _sync(fd: int) -> None:
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):  # fsync alone stops at the drive's own cache there
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
+
+
+def _sync_data(fd: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(fd)
+
+
+def _lock(fd: int) -> None:
+    """Mark a temporary file as that of a living writer."""
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
 
 
 def _stem(target: Path) -> str:
@@ -295,7 +329,7 @@ def _descriptor(fd: int) -> str:
 
 
 def _link_descriptor(fd: int, name: Path) -> None:
-    folder = os.open(name.parent, os.O_RDONLY | os.O_CLOEXEC)
+    folder = os.open(name.parent, getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC)
     try:  # dst_dir_fd makes Python call linkat, the only way to follow the descriptor's link
         os.link(_descriptor(fd), name.name, dst_dir_fd=folder, follow_symlinks=True)
     finally:

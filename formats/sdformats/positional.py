@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from sdformats.errors import ChangedFile, FormatError
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from collections.abc import Callable
+    from pathlib import Path
 
 _BINARY = getattr(os, "O_BINARY", 0)
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)

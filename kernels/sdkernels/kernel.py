@@ -82,10 +82,9 @@ class Kernel:
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
         """Run `fast` where a GPU holds the output, else `reference`."""
-        out = options.get("out")
-        first = out if isinstance(out, Tensor) else _first_tensor(args)
-        on_gpu = HAS_TRITON and first is not None and first.is_cuda
-        return (self.fast if on_gpu else self.reference)(*args, **options)
+        if HAS_TRITON and (first := _first_tensor((options.get("out"), *args))) is not None and first.is_cuda:
+            return self.fast(*args, **options)
+        return self.reference(*args, **options)
 
 
 def _first_tensor(values: Any) -> Tensor | None:

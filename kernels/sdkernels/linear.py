@@ -5,7 +5,6 @@ difference form is exact where x = y and rounds wrongly far more rarely than the
 x and y are close to each other, so their difference has no rounding error at all in float32.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -66,13 +65,14 @@ class _Widener:
     """Widens each tensor once, and tells whether the result may be overwritten."""
 
     def __init__(self, terms: Sequence[Term]) -> None:
-        tensors = [x for _, *tensors in terms for x in tensors]
-        self._uses = Counter(id(x) for x in tensors)
-        self._dtype = accumulator(*(x.dtype for x in tensors))
+        tensors = [x for term in terms for x in term[1:]]
+        self._dtype = accumulator(*[x.dtype for x in tensors])  # type: ignore[union-attr]
+        seen: set[int] = set()
+        self._repeated = {id(x) for x in tensors if id(x) in seen or seen.add(id(x))}  # type: ignore[func-returns-value]
         self._shared: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor) -> tuple[Tensor, bool]:
-        if self._uses[id(x)] == 1:
+        if id(x) not in self._repeated:
             return x.to(self._dtype), x.dtype != self._dtype
         if id(x) not in self._shared:
             self._shared[id(x)] = x.to(self._dtype)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdmerge import api, run
+from sdmerge import api, run, worker
 from sdmerge.errors import RequestError
 from sdmerge.options import Options
 from tests.sdmerge import toys
@@ -25,7 +25,7 @@ BLOCK = 4096
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "BLOCK", BLOCK)
+    monkeypatch.setattr(worker, "BLOCK", BLOCK)
 
 
 def big(seed: int, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
