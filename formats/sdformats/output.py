@@ -193,7 +193,7 @@ class PendingFile:
 
 
 class _Flusher:
-    """Forces a file to the disk, in a thread: early, so that the last sync is short; and so that a signal reaches whoever waits."""
+    """Forces a file to the disk in a thread: early, so that the last sync is short, and so that signals reach whoever waits."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -249,6 +249,8 @@ class _Flusher:
                         return
                     last, self._pending = self._last, 0
                 (_sync if last else _sync_data)(fd)
+                if not last and hasattr(os, "posix_fadvise"):  # what is on the disk leaves the cache, for what comes next
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             self._error = error
         finally:
