@@ -2,6 +2,8 @@
 
 Everything is written into a temporary folder beside the target, which takes the target's name in one step: a rename, or,
 over an existing folder, an exchange of the two (Linux; elsewhere the old folder steps aside for the moment of two renames).
+The temporary folder is locked while its writer lives. Whatever ends the process, the next run to the same target puts back
+a folder that stepped aside, and removes what nobody is writing any more.
 """
 
 from __future__ import annotations
@@ -10,16 +12,20 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
+import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdformats.errors import OutputExists, WriteError
-from sdformats.output import SUFFIX, sync_folder
+from sdformats.output import SUFFIX, check_room, stem, sync_folder, temporary_name
 from sdformats.safetensors import SafetensorsSink
 from sdformats.tensor import Spec, TensorSink
+
+if sys.platform != "win32":
+    import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -27,6 +33,10 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 _SIDE_FILES = {".json", ".txt", ".model", ".yaml"}
 _MAX_SIDE_FILE = 64 << 20
+_COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
+_ASIDE = f"-old{SUFFIX}"
+_ABANDONED_AFTER = 24 * 3600.0
+"""Seconds without a change after which a temporary folder counts as abandoned, where folders cannot be locked."""
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -56,13 +66,20 @@ class FolderSink(TensorSink):
     ) -> None:
         self.path = path
         self.target = Path(os.path.realpath(path))
-        self._check_target(overwrite)
+        self._overwrite = overwrite
         self._template = template
-        self._work: Path | None = self.target.with_name(f".{self.target.name[:200]}.{secrets.token_hex(4)}{SUFFIX}")
         self._sinks: dict[str, SafetensorsSink] = {}
+        self._work: Path | None = None
+        self._lock: int | None = None
+        components = _by_component(specs)
+        recover(self.target)
+        self._check_target()
+        check_room(path, self.target.parent, sum(spec.nbytes for spec in specs.values()))
         try:
+            self._work = temporary_name(self.target)
             self._work.mkdir()
-            for component, inside in _by_component(specs).items():
+            self._lock = _lock(self._work)
+            for component, inside in components.items():
                 folder = self._work / component
                 folder.mkdir()
                 self._sinks[component] = SafetensorsSink(folder / _weights_name(component), inside, metadata)
@@ -91,8 +108,8 @@ class FolderSink(TensorSink):
                 _sync_file(place)
             for folder in sorted({p.parent for p in self._work.rglob("*")}, reverse=True):
                 sync_folder(folder)
+            self._check_target()
             self._publish(self._work)
-            sync_folder(self.target.parent)
         except OSError as error:
             self.abort()
             raise WriteError(f"cannot be written: {error.strerror or error}", path=self.path) from error
@@ -100,6 +117,7 @@ class FolderSink(TensorSink):
             self.abort()
             raise
         self._work = None
+        self._unlock()
 
     def abort(self) -> None:
         """See `TensorSink.abort`."""
@@ -108,15 +126,21 @@ class FolderSink(TensorSink):
         work, self._work = self._work, None
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
+        self._unlock()
 
-    def _check_target(self, overwrite: bool) -> None:
+    def _unlock(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
+
+    def _check_target(self) -> None:
         if not self.target.parent.is_dir():
             raise WriteError(
                 f"the folder {self.target.parent} does not exist", path=self.path, advice="create it first"
             )
         if not self.target.exists():
             return
-        if not overwrite:
+        if not self._overwrite:
             raise OutputExists("exists already", path=self.path, advice="pass --overwrite, or choose another name")
         if not self.target.is_dir() or not ((self.target / INDEX).is_file() or not any(self.target.iterdir())):
             raise OutputExists(
@@ -124,22 +148,73 @@ class FolderSink(TensorSink):
             )
 
     def _publish(self, work: Path) -> None:
-        if not self.target.exists():
+        replaced = self.target.exists()
+        if not replaced:
             work.rename(self.target)
-            return
-        if not _exchange(work, self.target):
-            aside = work.with_name(work.name.replace(SUFFIX, f"-old{SUFFIX}"))
-            self.target.rename(aside)
-            work.rename(self.target)
+        elif not _exchange(work, self.target):
+            aside = work.with_name(work.name.removesuffix(SUFFIX) + _ASIDE)
+            try:
+                self.target.rename(aside)
+                work.rename(self.target)
+            except BaseException:
+                _put_back(aside, self.target)
+                raise
             work = aside
-        shutil.rmtree(work, ignore_errors=True)
+        sync_folder(self.target.parent)
+        if replaced:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Undo what runs to the same target left that were ended half-way."""
+    names = re.compile(re.escape(f".{stem(target)}.") + "[0-9a-f]{8}(-old)?" + re.escape(SUFFIX))
+    for entry in sorted(target.parent.iterdir()) if os.access(target.parent, os.R_OK) else ():
+        if not names.fullmatch(entry.name) or entry.is_symlink() or not entry.is_dir():
+            continue
+        if entry.name.endswith(_ASIDE):
+            _put_back(entry, target)
+        if entry.exists() and _abandoned(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _put_back(aside: Path, target: Path) -> None:
+    with contextlib.suppress(OSError):
+        if not target.exists():
+            aside.rename(target)
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether nobody writes to a temporary folder any more."""
+    try:
+        if sys.platform == "win32":
+            return time.time() - folder.stat().st_mtime > _ABANDONED_AFTER
+        lock = _lock(folder)
+        if lock is None:
+            return False
+        os.close(lock)
+    except OSError:
+        return False
+    return True
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder: return a descriptor that holds the lock, or None where it is locked already or there are no locks."""
+    if sys.platform == "win32":
+        return None
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
 
 
 def _by_component(specs: Mapping[str, Spec]) -> dict[str, dict[str, Spec]]:
     found: dict[str, dict[str, Spec]] = {}
     for name, spec in specs.items():
         component, dot, key = name.partition(".")
-        if not dot or component in ("", ".", "..") or "/" in component or "\\" in component:
+        if not dot or not _COMPONENT.fullmatch(component):
             raise WriteError("names no component of a diffusers folder", key=name, expected="component.key")
         found.setdefault(component, {})[key] = spec
     return found

@@ -144,22 +144,19 @@ class PendingFile:
                     return fd
                 os.close(fd)
         while True:
-            self._temporary = self._temporary_name()
+            self._temporary = temporary_name(self.target)
             fd = open_exclusive(self._temporary, 0o666)
             _lock(fd)
             if self._temporary.exists():
                 return fd
             os.close(fd)  # another run took it for a stale one before it was locked
 
-    def _temporary_name(self) -> Path:
-        return self.target.with_name(f".{_stem(self.target)}.{secrets.token_hex(4)}{SUFFIX}")
-
     def _publish(self, fd: int) -> None:
         if self._temporary is None:
             if not self._overwrite:
                 _link_descriptor(fd, self.target)
                 return
-            self._temporary = self._temporary_name()
+            self._temporary = temporary_name(self.target)
             _link_descriptor(fd, self._temporary)
         if sys.platform == "win32":
             self._close()  # an open file cannot be renamed there
@@ -249,7 +246,9 @@ class _Flusher:
                         return
                     last, self._pending = self._last, 0
                 (_sync if last else _sync_data)(fd)
-                if not last and hasattr(os, "posix_fadvise"):  # what is on the disk leaves the cache, for what comes next
+                if not last and hasattr(
+                    os, "posix_fadvise"
+                ):  # what is on the disk leaves the cache, for what comes next
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             self._error = error
@@ -268,9 +267,19 @@ def check_room(path: Path, folder: Path, size: int) -> None:
         )
 
 
+def temporary_name(target: Path) -> Path:
+    """Return a new name in the folder of `target`, by which a later run to the same target knows what it is."""
+    return target.with_name(f".{stem(target)}.{secrets.token_hex(4)}{SUFFIX}")
+
+
+def stem(target: Path) -> str:
+    """Return the name of `target`, cut to leave room for the rest of a temporary name within 255 bytes."""
+    return target.name.encode()[:200].decode(errors="ignore")
+
+
 def remove_stale(target: Path) -> None:
     """Remove temporary files of earlier runs to the same target whose writer is gone."""
-    prefix = f".{_stem(target)}."
+    prefix = f".{stem(target)}."
     for entry in sorted(target.parent.iterdir()) if os.access(target.parent, os.R_OK) else ():
         if not (entry.name.startswith(prefix) and entry.name.endswith(SUFFIX)):
             continue
@@ -320,10 +329,6 @@ def _lock(fd: int) -> None:
     if sys.platform != "win32":
         with contextlib.suppress(OSError):  # not every file system has locks
             fcntl.flock(fd, fcntl.LOCK_EX)
-
-
-def _stem(target: Path) -> str:
-    return target.name.encode()[:200].decode(errors="ignore")  # leaves room for the rest within 255 bytes
 
 
 def _descriptor(fd: int) -> str:
