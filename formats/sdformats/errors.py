@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+_LONGEST = 400
+
 
 class FormatError(Exception):
     """Root of all errors about files.
@@ -50,13 +52,18 @@ class FormatError(Exception):
     def __str__(self) -> str:
         where = [str(self.path)] if self.path is not None else []
         if self.key is not None:
-            where.append(repr(self.key))
-        text = ": ".join([*where, self.problem])
+            where.append(_short(repr(self.key)))
+        text = ": ".join([*where, _short(self.problem)])
         if self.expected:
             text += f" (expected {self.expected})"
         if self.advice:
             text += f"; {self.advice}"
         return text
+
+
+def _short(text: str) -> str:
+    """Cut what a file may have made very long."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 60]}…{text[-50:]}"
 
 
 class UnknownFormat(FormatError):

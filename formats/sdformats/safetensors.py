@@ -18,7 +18,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdformats.errors import CorruptFile
+from sdformats.errors import CorruptFile, WriteError
 from sdformats.output import PendingFile
 from sdformats.positional import InputFile
 from sdformats.tensor import DType, Spec, TensorSink, TensorSource
@@ -136,7 +136,18 @@ def _metadata(header: dict[str, Any], path: Path) -> dict[str, str]:
     for key, value in found.items():
         if not isinstance(value, str):
             raise CorruptFile(f"has no string under {key!r}", path=path, key=_METADATA, expected="an object of strings")
+        if not (_is_text(key) and _is_text(value)):
+            raise CorruptFile(f"holds half a surrogate pair under {key!r}", path=path, key=_METADATA)
     return found
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string from JSON is Unicode text: an escape there can spell half a surrogate pair."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _spans(header: dict[str, Any], path: Path, size: int) -> dict[str, tuple[Spec, int]]:
@@ -159,17 +170,14 @@ def _spans(header: dict[str, Any], path: Path, size: int) -> dict[str, tuple[Spe
 
 
 def _entry(name: str, value: Any, path: Path) -> tuple[Spec, int, int]:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise CorruptFile("is no valid name (half a surrogate pair)", path=path, key=ascii(name)) from error
+    if not _is_text(name):
+        raise CorruptFile("is no valid name (half a surrogate pair)", path=path, key=name)
     if not isinstance(value, dict) or value.keys() != _FIELDS:
         raise CorruptFile("has a malformed entry", path=path, key=name, expected="dtype, shape and data_offsets")
     dtype = DType.__members__.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
-        raise CorruptFile(
-            f"has the unknown type {value['dtype']!r}", path=path, key=name, expected="one of safetensors' types"
-        )
+        found = repr(value["dtype"]) if isinstance(value["dtype"], str) else "that is no text"
+        raise CorruptFile(f"has an unknown type: {found}", path=path, key=name, expected="one of safetensors' types")
     shape = _integers(value["shape"], name, "shape", path)
     offsets = _integers(value["data_offsets"], name, "data_offsets", path)
     bits = dtype.bits
@@ -211,7 +219,10 @@ class SafetensorsSink(TensorSink):
         self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], *, overwrite: bool = False
     ) -> None:
         self.path = path
+        _check_writable(path, specs, metadata)
         header, self._offsets = layout(specs, metadata)
+        if len(header) > 8 + MAX_HEADER:
+            raise WriteError(f"needs a header of {len(header):,} bytes", path=path, expected=f"at most {MAX_HEADER:,}")
         total = sum(spec.nbytes for spec in specs.values())
         self._file = PendingFile(path, len(header) + total, overwrite=overwrite)
         try:
@@ -231,6 +242,18 @@ class SafetensorsSink(TensorSink):
     def abort(self) -> None:
         """See `TensorSink.abort`."""
         self._file.abort()
+
+
+def _check_writable(path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
+    """Refuse what a safetensors file cannot say."""
+    for name, spec in specs.items():
+        if name == _METADATA or not _is_text(name):
+            raise WriteError("is no name that a safetensors file can hold", path=path, key=name)
+        if spec.numel * spec.dtype.bits % 8:
+            raise WriteError(f"fills no whole number of bytes as {spec}", path=path, key=name)
+    for key, value in metadata.items():
+        if not (_is_text(key) and _is_text(value)):
+            raise WriteError(f"holds half a surrogate pair under {key!r}", path=path, key=_METADATA)
 
 
 def layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
