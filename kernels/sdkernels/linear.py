@@ -66,7 +66,7 @@ class _Widener:
 
     def __init__(self, terms: Sequence[Term]) -> None:
         tensors = [x for term in terms for x in term[1:]]
-        self._dtype = accumulator(*[x.dtype for x in tensors])  # type: ignore[union-attr]
+        self._dtype = accumulator(*[x.dtype for x in tensors])
         seen: set[int] = set()
         self._repeated = {id(x) for x in tensors if id(x) in seen or seen.add(id(x))}  # type: ignore[func-returns-value]
         self._shared: dict[int, Tensor] = {}
