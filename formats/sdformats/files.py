@@ -13,7 +13,7 @@ from sdformats.safetensors import SafetensorsSink, SafetensorsSource, looks_like
 from sdformats.torchzip import looks_like_zip
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from sdformats.tensor import Spec, TensorSink, TensorSource
@@ -26,6 +26,7 @@ _NAMED = (
     (b"version https://git-lfs", UnknownFormat, "is a git-lfs pointer, not the model", _LFS_ADVICE),
     (b"<!doctype", UnknownFormat, "is a web page", _PAGE_ADVICE),
     (b"<html", UnknownFormat, "is a web page", _PAGE_ADVICE),
+    (b"<!--", UnknownFormat, "is a web page", _PAGE_ADVICE),
     (b"<?xml", UnknownFormat, "is an XML page", _PAGE_ADVICE),
     (b"{", UnknownFormat, "is JSON, not a model", "give the weights, not their config"),
     (b"[", UnknownFormat, "is JSON, not a model", "give the weights, not their config"),
@@ -51,18 +52,12 @@ def open_source(path: Path) -> TensorSource:
         CorruptFile, UnsafeFile: it is broken, or would run code.
         FormatError: it does not exist or cannot be read.
     """
-    if path.is_dir():
-        return open_folder(path, open_source)
-    if not path.exists():
-        raise FormatError("does not exist", path=path)
-    if not path.is_file():
-        raise FormatError("is neither a file nor a folder", path=path)
-    file = InputFile(path)
     try:
-        return _open(file)
-    except BaseException:
-        file.close()
-        raise
+        if path.is_dir():
+            return open_folder(path, open_source)
+        return _open_file(path, _open)
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror or error}", path=path) from error
 
 
 def create_sink(
@@ -78,7 +73,33 @@ def create_sink(
     return SafetensorsSink(path, specs, metadata, overwrite=overwrite)
 
 
+def _open_file(path: Path, parse: Callable[[InputFile], TensorSource]) -> TensorSource:
+    if not path.exists():
+        raise FormatError("does not exist", path=path)
+    if not path.is_file():
+        raise FormatError("is neither a file nor a folder", path=path)
+    file = InputFile(path)
+    try:
+        return parse(file)
+    except BaseException:
+        file.close()
+        raise
+
+
 def _open(file: InputFile) -> TensorSource:
+    head = file.head(_HEAD)
+    if head.lstrip()[:1] == b"{" and b"weight_map" in head + file.head(1 << 16):
+        file.close()
+        return open_index(file.path, _open_shard)
+    return _open_weights(file)
+
+
+def _open_shard(path: Path) -> TensorSource:
+    """Open a file that an index names. It holds tensors: an index that names an index might name itself."""
+    return _open_file(path, _open_weights)
+
+
+def _open_weights(file: InputFile) -> TensorSource:
     head = file.head(_HEAD)
     if looks_like_safetensors(head[:9], file.size):
         return SafetensorsSource(file)
@@ -86,9 +107,6 @@ def _open(file: InputFile) -> TensorSource:
         return open_pickle(file)
     if head[8:9] == b"{" and head[3:8] == bytes(5):  # a safetensors header that its file does not hold
         return SafetensorsSource(file)
-    if head.lstrip()[:1] == b"{" and b"weight_map" in head + file.head(1 << 16):
-        file.close()
-        return open_index(file.path, open_source)
     raise _explain(file, head)
 
 
@@ -97,7 +115,7 @@ def _explain(file: InputFile, head: bytes) -> FormatError:
     path = file.path
     if file.size == 0:
         return UnknownFormat("is empty", path=path, advice="download or copy it again")
-    text = head.lstrip().lower()
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for mark, kind, problem, advice in _NAMED:
         if text.startswith(mark.lower()):
             return kind(problem, path=path, advice=advice)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,22 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _NO_MODEL = ("scheduler", "tokenizer", "feature_extractor", "image_processor", "processor")
 _MAX_INDEX = 64 << 20
+_IS_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
+_IS_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is read of a folder's files: one file or index, and the names set aside for it."""
+
+    weights: Path
+    aside: tuple[str, ...]
+
+    def note(self, component: str = "") -> tuple[str, ...]:
+        """Say what was set aside, if anything was."""
+        if not self.aside:
+            return ()
+        return (f"{component}read {self.weights.name}, not {', '.join(sorted(self.aside))}",)
 
 
 class JoinedSource(TensorSource):
@@ -105,34 +123,36 @@ def open_folder(path: Path, opener: Opener) -> TensorSource:
         FormatError: as the files are.
     """
     components = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith((".", *_NO_MODEL))]
-    chosen = {p.name: weights for p in components if (weights := _choose(p)) is not None}
-    if (path / INDEX).is_file() or (chosen and _choose(path) is None):
+    own = _choose(path, of_pipeline=(path / INDEX).is_file())
+    chosen = {p.name: choice for p in components if (choice := _choose(p)) is not None}
+    if (path / INDEX).is_file() or (chosen and own is None):
         if not chosen:
             raise UnknownFormat("is a diffusers folder without weights", path=path, advice="download it completely")
-        return _open_components(path, chosen, opener)
-    own = _choose(path)
+        return _open_components(path, chosen, opener, own)
     if own is None:
         raise UnknownFormat(
             "is a folder without model weights", path=path, expected="a diffusers folder or a sharded set"
         )
-    weights, aside = own
-    if aside:
-        others = ", ".join(sorted(aside)[:3])
-        if _stem(weights.name) not in _STEMS:
-            raise UnknownFormat(
-                f"holds several models ({weights.name}, {others})", path=path, advice="name one of them"
-            )
-    return opener(weights)
+    if own.aside and _stem(own.weights.name) not in _STEMS:
+        others = ", ".join(sorted(own.aside)[:3])
+        raise UnknownFormat(
+            f"holds several models ({own.weights.name}, {others})", path=path, advice="name one of them"
+        )
+    source = opener(own.weights)
+    source.notes = (*own.note(), *source.notes)
+    return source
 
 
-def _open_components(path: Path, chosen: Mapping[str, tuple[Path, list[str]]], opener: Opener) -> FolderSource:
+def _open_components(path: Path, chosen: Mapping[str, _Choice], opener: Opener, beside: _Choice | None) -> FolderSource:
     parts: list[tuple[str, TensorSource]] = []
-    notes = []
+    notes: list[str] = []
+    if beside is not None:
+        left = ", ".join(sorted((beside.weights.name, *beside.aside)))
+        notes.append(f"read the components, not {left}")
     try:
-        for component, (weights, aside) in chosen.items():
-            parts.append((f"{component}.", opener(weights)))
-            if aside:
-                notes.append(f"{component}: read {weights.name}, not {', '.join(sorted(aside))}")
+        for component, choice in chosen.items():
+            parts.append((f"{component}.", opener(choice.weights)))
+            notes += choice.note(f"{component}: ")
     except BaseException:
         for _, source in parts:
             source.close()
@@ -144,27 +164,40 @@ def _stem(name: str) -> str:
     return name.partition(".")[0].partition("-000")[0]
 
 
-def _choose(folder: Path) -> tuple[Path, list[str]] | None:
+def _choose(folder: Path, *, of_pipeline: bool = False) -> _Choice | None:
     """Return a component's weights (a file or an index) and the names set aside; None where there are none.
 
-    safetensors before pickles, and full precision before a variant such as ``.fp16.``.
+    safetensors before pickles, and full precision before a variant such as ``.fp16.``. A shard is part of a model and
+    never taken for one.
+
+    Raises:
+        CorruptFile: there are shards and no index that names them, and nothing else to read.
     """
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
-    indices = [p for p in files if p.name.endswith(".index.json")]
+    indices = [p for p in files if _IS_INDEX.search(p.name)]
     shards = {shard for index in indices for shard in _shards_named(index)}
     plain = [p for p in files if p.suffix in _WEIGHTS and p.name not in shards]
     plain = [p for p in plain if not (p.suffix in (".pt", ".pth", ".ckpt") and _stem(p.name) not in _STEMS)]
-    candidates = [*indices, *plain]
+    orphans = [p.name for p in plain if _IS_SHARD.search(p.name)]
+    candidates = [*indices, *(p for p in plain if p.name not in orphans)]
     if not candidates:
+        if orphans and not of_pipeline:
+            raise CorruptFile(
+                "is part of a sharded set, and there is no index that names it",
+                path=folder / orphans[0],
+                expected="a file named *.index.json beside it",
+                advice="download the whole set",
+            )
         return None
 
     def rank(path: Path) -> tuple[bool, bool, bool, str]:
-        inner = path.name.removesuffix(".index.json")
+        inner, found, _ = path.name.partition(".index.")
         pickled = not inner.endswith(".safetensors")
-        return pickled, _stem(inner) not in _STEMS, inner.count(".") > 1, path.name
+        variant = inner.count(".") > 1 or (bool(found) and not path.name.endswith(".index.json"))
+        return pickled, _stem(inner) not in _STEMS, variant, path.name
 
     best = min(candidates, key=rank)
-    return best, [p.name for p in candidates if p != best]
+    return _Choice(best, (*(p.name for p in candidates if p != best), *orphans))
 
 
 def _shards_named(index: Path) -> set[str]:
@@ -177,6 +210,10 @@ def _shards_named(index: Path) -> set[str]:
 def open_index(path: Path, opener: Opener) -> ShardedSource:
     """Open a sharded set by its ``*.index.json``.
 
+    Args:
+        path: the index.
+        opener: opens one shard, which must not be an index itself.
+
     Raises:
         CorruptFile: the index names files elsewhere, or it and its shards do not agree.
         FormatError: as the shards are.
@@ -185,6 +222,8 @@ def open_index(path: Path, opener: Opener) -> ShardedSource:
     parts: list[tuple[str, TensorSource]] = []
     try:
         for shard in sorted(set(placed.values())):
+            if not (path.parent / shard).is_file():
+                raise CorruptFile(f"names {shard}, which is not there", path=path, advice="download the whole set")
             parts.append(("", opener(path.parent / shard)))
         for _, source in parts:
             for key in source.specs:
@@ -202,13 +241,23 @@ def open_index(path: Path, opener: Opener) -> ShardedSource:
         raise
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object, in which each key must be said once: a second one would silently win."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is in it twice")
+        found[key] = value
+    return found
+
+
 def _weight_map(path: Path) -> dict[str, str]:
     if path.stat().st_size > _MAX_INDEX:
         raise CorruptFile("is too large for an index", path=path, expected=f"at most {_MAX_INDEX:,} bytes")
     try:
-        index: Any = json.loads(path.read_text(encoding="utf-8"))
+        index: Any = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"is no valid JSON: {error}", path=path) from error
+        raise CorruptFile(f"is no valid index: {error}", path=path) from error
     placed = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(placed, dict) or not placed:
         raise CorruptFile("has no weight_map", path=path, expected="an object of tensor names and file names")
