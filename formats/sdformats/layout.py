@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from sdformats.tensor import Spec
 
+_MOST_DIGITS = 4
+_MARKERS = {"v_pred": "made for v-prediction", "ztsnr": "trained to zero terminal SNR"}
 FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner", "sd3", "flux")
 SINGLE_FILE, DIFFUSERS = "single-file", "diffusers"
 _PREFIXES = {
@@ -91,9 +93,13 @@ class Facts:
         return any(name.startswith(prefix) for name in self.specs)
 
     def count(self, pattern: str) -> int:
-        """One more than the largest number that the pattern's group captures; 0 where it never matches."""
+        """One more than the largest number that the pattern's group captures; 0 where it never matches.
+
+        Numbers too long to count blocks are passed over: a hostile name may have thousands of digits.
+        """
         seek = re.compile(pattern)
-        return max((int(m[1]) + 1 for name in self.network if (m := seek.match(name))), default=0)
+        found = (m[1] for name in self.network if (m := seek.match(name)))
+        return max((int(digits) + 1 for digits in found if len(digits) <= _MOST_DIGITS), default=0)
 
     def rank(self, pattern: str) -> int | None:
         """The number of dimensions of the first tensor that the pattern matches."""
@@ -171,6 +177,8 @@ def detect(specs: Mapping[str, Spec], *, family: str | None = None) -> Detection
     scores = [(layout.score(facts[layout.spelling]), layout) for layout in LAYOUTS]
     best = max(score for score, _ in scores)
     winners = [layout for score, layout in scores if score == best]
+    if len(winners) > 1 and family is not None:
+        winners = [layout for layout in winners if layout.family == family] or winners[:1]
     if best == 0:
         return _without_network(specs, family)
     if len(winners) > 1:
@@ -188,6 +196,7 @@ def detect(specs: Mapping[str, Spec], *, family: str | None = None) -> Detection
         variant=layout.variant(seen),
         spelling=layout.spelling,
         components=components,
+        warnings=tuple(f"has the key {key}: {said}" for key, said in _MARKERS.items() if key in specs),
     )
 
 

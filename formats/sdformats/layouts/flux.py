@@ -29,7 +29,16 @@ def _single_transformer_blocks(facts: Facts) -> bool:
     return facts.has(r"single_transformer_blocks\.\d+\.")
 
 
+def _own_modulation(facts: Facts) -> bool:
+    """Tell it from Flux.2, whose blocks share theirs, and from video models, which patch in three dimensions."""
+    return facts.has(r"double_blocks\.\d+\.img_mod\.|transformer_blocks\.\d+\.norm1_context\.")
+
+
+def _flat_patches(facts: Facts) -> bool:
+    return facts.rank(r"(img_in|x_embedder)\.weight") == 2
+
+
 LAYOUTS = (
-    Layout("flux", SINGLE_FILE, (_double_blocks,), (_single_blocks,), _variant),
-    Layout("flux", DIFFUSERS, (_single_transformer_blocks,), (), _variant),
+    Layout("flux", SINGLE_FILE, (_double_blocks, _own_modulation, _flat_patches), (_single_blocks,), _variant),
+    Layout("flux", DIFFUSERS, (_single_transformer_blocks, _own_modulation, _flat_patches), (), _variant),
 )

@@ -38,6 +38,11 @@ def _linear(facts: Facts) -> bool:
     return facts.rank(_PROJ_IN) == 2
 
 
+def _still(facts: Facts) -> bool:
+    """Tell it from video models, which stack layers over time on an SD2."""
+    return not facts.has(r"(input_blocks|down_blocks)\..*(time_stack|time_mix|temporal|temopral)")
+
+
 def _no_label(facts: Facts) -> bool:
     return not facts.has(r"label_emb\.")
 
@@ -53,6 +58,6 @@ def _open_clip(facts: Facts) -> bool:
 LAYOUTS = (
     Layout("sd1", SINGLE_FILE, (_four_levels, _shallow, _convolution, _no_label), (_clip,), variant),
     Layout("sd1", DIFFUSERS, (_four_levels, _shallow, _convolution, _no_pooled_text), (), variant),
-    Layout("sd2", SINGLE_FILE, (_four_levels, _shallow, _linear), (_open_clip,), _unclip),
-    Layout("sd2", DIFFUSERS, (_four_levels, _shallow, _linear, _no_pooled_text), (), _unclip),
+    Layout("sd2", SINGLE_FILE, (_four_levels, _shallow, _linear, _still), (_open_clip,), _unclip),
+    Layout("sd2", DIFFUSERS, (_four_levels, _shallow, _linear, _still, _no_pooled_text), (), _unclip),
 )

@@ -24,10 +24,11 @@ def _joint_attention(facts: Facts) -> bool:
 
 
 def _positions(facts: Facts) -> bool:
+    """Tell it from later transformers with the same attention, which rotate instead of adding positions."""
     return facts.has(r"pos_embed")
 
 
 LAYOUTS = (
-    Layout("sd3", SINGLE_FILE, (_joint_blocks,), (_positions,), _variant),
-    Layout("sd3", DIFFUSERS, (_joint_attention,), (_positions,), _variant),
+    Layout("sd3", SINGLE_FILE, (_joint_blocks, _positions), (), _variant),
+    Layout("sd3", DIFFUSERS, (_joint_attention, _positions), (), _variant),
 )
