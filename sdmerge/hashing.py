@@ -46,16 +46,17 @@ def hashes(source: TensorSource, progress: Callable[[int], None] = lambda _: Non
     Raises:
         FormatError: the file cannot be read, changed, or fails its checksums.
     """
-    with ThreadPoolExecutor(2) as pool:
+    alone = source.container not in ("folder", "sharded")
+    with ThreadPoolExecutor(1) as pool:
         inner = pool.submit(tensor_hash, source, progress)
-        whole, rest = _file_hashes(source, progress) if len(source.files) == 1 else (None, None)
+        whole, rest = _file_hashes(source, progress) if alone else (None, None)
         tensors = inner.result()
     source.verify()
     return Hashes(
         sha256=whole,
         autov2=whole[:10] if whole else None,
         autov3=rest[:12] if rest else None,
-        legacy=legacy(source.files[0]) if len(source.files) == 1 else None,
+        legacy=legacy(source.files[0]) if alone else None,
         tensors=tensors,
     )
 
@@ -80,14 +81,17 @@ def legacy(file: InputFile) -> str:
 def tensor_hash(source: TensorSource, progress: Callable[[int], None] = lambda _: None) -> str:
     """Return the sha256 over the tensors alone: the same for any container and any order of the file.
 
-    For each tensor, sorted by the UTF-8 bytes of its name: the line ``name NUL dtype NUL d0,d1,… LF`` (dtype as safetensors
-    calls it, dimensions in decimal), then its bytes, little-endian and contiguous.
+    For each tensor, sorted by the UTF-8 bytes of its name: ``n : name NUL dtype NUL d0,d1,… LF`` without the spaces (n is the
+    length of the name in bytes, in decimal; dtype as safetensors calls it; dimensions in decimal), then its bytes,
+    little-endian and contiguous. With the length in front no name, whatever is in it, can pass for another tensor's bytes.
     """
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK))
     for name in sorted(source.specs, key=lambda name: name.encode()):
         spec = source.specs[name]
-        digest.update(f"{name}\0{spec.dtype}\0{','.join(map(str, spec.shape))}\n".encode())
+        said = name.encode()
+        digest.update(b"%d:%s" % (len(said), said))
+        digest.update(f"\0{spec.dtype}\0{','.join(map(str, spec.shape))}\n".encode())
         for offset in range(0, spec.nbytes, CHUNK):
             part = buffer[: min(CHUNK, spec.nbytes - offset)]
             source.read_into(name, offset, part)
