@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sdmerge.run import Job
     from sdmerge.step import Read, Step
 
-BLOCK = 1 << 19
+BLOCK = 1 << 18
 """Elements in a block: a few buffers of this size stay in a core's cache, and the cost of a call is spread thin."""
 _WIDEST = 8
 

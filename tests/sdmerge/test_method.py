@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
+from pathlib import Path
+from typing import Annotated, Any
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import sdmerge
 from sdmerge import methods
 from sdmerge.errors import RequestError
-from sdmerge.method import METHODS
+from sdmerge.method import METHODS, Param, method
+from tests.sdmerge import toys
 
 
 def test_the_signature_says_it_all() -> None:
@@ -52,3 +60,19 @@ def test_equal_models_give_themselves() -> None:
 def test_wrong_requests_are_named(method: str, count: int, values: dict[str, object], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         METHODS[method].check(count, values)
+
+
+def test_the_method_that_contributing_shows_works(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = re.search(r"^( +)@method.*?^\1    return .*?$", text, re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    names: dict[str, Any] = {"method": method, "Param": Param, "Annotated": Annotated}
+    try:
+        exec(compile(textwrap.dedent(shown[0]), "CONTRIBUTING.md", "exec", dont_inherit=True), names)
+        paths = [toys.saved(tmp_path, str(seed), seed) for seed in range(3)]
+        sdmerge.merge("sum_twice", paths, {"alpha": 1.0, "beta": 0.25}, output=tmp_path / "out.safetensors")
+    finally:
+        METHODS.pop("sum_twice", None)
+    got = load_file(tmp_path / "out.safetensors")[toys.TO_K]
+    b, c = (load_file(path)[toys.TO_K].double() for path in paths[1:])
+    assert torch.equal(got, (0.75 * b + 0.25 * c).half())
