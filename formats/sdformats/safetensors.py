@@ -176,8 +176,8 @@ def _entry(name: str, value: Any, path: Path) -> tuple[Spec, int, int]:
         raise CorruptFile("has a malformed entry", path=path, key=name, expected="dtype, shape and data_offsets")
     dtype = DType.__members__.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
-        found = repr(value["dtype"]) if isinstance(value["dtype"], str) else "that is no text"
-        raise CorruptFile(f"has an unknown type: {found}", path=path, key=name, expected="one of safetensors' types")
+        found = f": {value['dtype']!r}" if isinstance(value["dtype"], str) else " that is no text"
+        raise CorruptFile(f"has an unknown type{found}", path=path, key=name, expected="one of safetensors' types")
     shape = _integers(value["shape"], name, "shape", path)
     offsets = _integers(value["data_offsets"], name, "data_offsets", path)
     bits = dtype.bits
