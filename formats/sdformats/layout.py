@@ -44,9 +44,9 @@ _COMPONENTS = {
     DIFFUSERS: (
         ("unet", ("unet.", "transformer.")),
         ("vae", ("vae.",)),
+        ("te1", ("text_encoder.",)),
         ("te2", ("text_encoder_2.",)),
         ("te3", ("text_encoder_3.",)),
-        ("te1", ("text_encoder.",)),
         ("safety_checker", ("safety_checker.",)),
         ("image_encoder", ("image_encoder.",)),
     ),
