@@ -16,13 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sdformats.errors import ChangedFile, CorruptFile, FormatError, WriteError
 from sdformats.positional import InputFile
-from sdformats.safetensors import (
-    MAX_HEADER,
-    SafetensorsSink,
-    SafetensorsSource,
-    layout,
-    looks_like_safetensors,
-)
+from sdformats.safetensors import MAX_HEADER, SafetensorsSink, SafetensorsSource, layout, looks_like_safetensors
 from sdformats.tensor import DType, Spec
 from tests.formats import hostile_safetensors as hostile
 
