@@ -46,7 +46,7 @@ def hashes(source: TensorSource, progress: Callable[[int], None] = lambda _: Non
     Raises:
         FormatError: the file cannot be read, changed, or fails its checksums.
     """
-    alone = source.container not in ("folder", "sharded")
+    alone = _is_one_file(source)
     with ThreadPoolExecutor(1) as pool:
         inner = pool.submit(tensor_hash, source, progress)
         whole, rest = _file_hashes(source, progress) if alone else (None, None)
@@ -59,6 +59,16 @@ def hashes(source: TensorSource, progress: Callable[[int], None] = lambda _: Non
         legacy=legacy(source.files[0]) if alone else None,
         tensors=tensors,
     )
+
+
+def cost(source: TensorSource) -> int:
+    """Return the number of bytes that `hashes` goes through."""
+    tensors = sum(spec.nbytes for spec in source.specs.values())
+    return tensors + (source.files[0].size if _is_one_file(source) else 0)
+
+
+def _is_one_file(source: TensorSource) -> bool:
+    return source.container not in ("folder", "sharded")
 
 
 def sha256(file: InputFile) -> str:

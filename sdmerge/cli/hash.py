@@ -19,16 +19,17 @@ from sdmerge.cli import screen
 def hash_command(paths: tuple[str, ...], as_json: bool, quiet: bool) -> int:
     """Print the hashes by which model files are known."""
     from sdformats.files import open_source
-    from sdmerge.hashing import hashes
+    from sdmerge.hashing import cost, hashes
 
     screen.set_quiet(quiet)
     found: list[dict[str, Any]] = []
     for path in paths:
         try:
-            with open_source(Path(path)) as source:
-                total = sum(file.size for file in source.files) + sum(spec.nbytes for spec in source.specs.values())
-                with screen.progress(f"hashing {source.path.name}", total) as advance:
-                    found.append({"path": path, **asdict(hashes(source, advance))})
+            with (
+                open_source(Path(path)) as source,
+                screen.progress(f"hashing {source.path.name}", cost(source)) as advance,
+            ):
+                found.append({"path": path, **asdict(hashes(source, advance))})
         except FormatError as error:
             found.append({"path": path, "error": str(error)})
     if as_json:
@@ -38,5 +39,5 @@ def hash_command(paths: tuple[str, ...], as_json: bool, quiet: bool) -> int:
             screen.error(entry["error"])
         elif not as_json:
             rows = [(name, value) for name, value in entry.items() if name != "path" and value is not None]
-            screen.table(entry["path"], ("", ""), rows)
+            screen.table(entry["path"], ("hash", "value"), rows)
     return 1 if any("error" in entry for entry in found) else 0

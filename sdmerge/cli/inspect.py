@@ -46,9 +46,11 @@ def _show(entry: dict[str, Any]) -> None:
         ("parameters", f"{entry['parameters']:,}"),
         *((f"  {part}", f"{count:,}") for part, count in entry["components"].items()),
         ("types", ", ".join(f"{dtype} {count:,}" for dtype, count in entry["dtypes"].items()) or "none"),
-        *((f"  {key}", _shortened(value)) for key, value in sorted(entry["metadata"].items())),
     ]
-    screen.table(entry["path"], ("", ""), rows)
+    if entry["metadata"]:
+        rows.append(("metadata", f"{len(entry['metadata']):,} texts"))
+        rows += [(f"  {key}", _shortened(value)) for key, value in sorted(entry["metadata"].items())]
+    screen.table(entry["path"], ("field", "value"), rows)
     for warning in entry["warnings"]:
         screen.warn(warning)
     if "list" in entry:
