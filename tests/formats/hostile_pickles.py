@@ -185,10 +185,10 @@ def legacy(value: Any, keys: Any, *storages: tuple[int, bytes], little: bool = T
     return b"".join(parts) + b"".join(struct.pack("<q", count) + data for count, data in storages)
 
 
-def refused(path: Path, kind: type[FormatError], match: str | None = None, *, read: bool = False) -> None:
+def expect_refused(path: Path, kind: type[FormatError], match: str | None = None, *, read: bool = False) -> None:
     """Assert that a file is refused with one line that names it."""
 
-    def attempt() -> None:
+    def check_attempt() -> None:
         with open_pickle(path) as source:
             if read:
                 for name in source.specs:
@@ -196,12 +196,12 @@ def refused(path: Path, kind: type[FormatError], match: str | None = None, *, re
                 source.verify()
 
     with pytest.raises(kind, match=match) as caught:
-        attempt()
+        check_attempt()
     text = str(caught.value)
     assert text.startswith(str(path))
     assert text.isprintable()
     assert len(text) < 700
 
 
-def refused_value(tmp_path: Path, value: Any, kind: type[FormatError], match: str, **more: Any) -> None:
-    refused(write_zip(tmp_path / "x.pt", value, **more), kind, match)
+def expect_refused_value(tmp_path: Path, value: Any, kind: type[FormatError], match: str, **more: Any) -> None:
+    expect_refused(write_zip(tmp_path / "x.pt", value, **more), kind, match)

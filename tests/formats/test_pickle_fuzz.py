@@ -119,7 +119,7 @@ def compare_with_torch(path: Path, found: dict[str, bytes]) -> None:
         assert data == raw(expected[name]), name
 
 
-def attempt(path: Path, data: bytes) -> None:
+def check_attempt(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     try:
         with open_pickle(path) as source:
@@ -148,19 +148,19 @@ def test_the_originals_are_read(tmp_path: Path) -> None:
 @FUZZ
 @given(data=mutated(SEEDS))
 def test_mutated_files(tmp_path: Path, data: bytes) -> None:
-    attempt(tmp_path / "x.pt", data)
+    check_attempt(tmp_path / "x.pt", data)
 
 
 @FUZZ
 @given(data=mutated(PICKLES))
 def test_mutated_pickles_in_a_sound_zip(tmp_path: Path, data: bytes) -> None:
-    attempt(tmp_path / "x.pt", h.build_zip(h.torch_members(data)))
+    check_attempt(tmp_path / "x.pt", h.build_zip(h.torch_members(data)))
 
 
 @FUZZ
 @given(body=st.binary(max_size=60), protocol=st.sampled_from([2, 3, 4, 5]))
 def test_random_pickles(tmp_path: Path, body: bytes, protocol: int) -> None:
-    attempt(tmp_path / "x.pkl", bytes([0x80, protocol]) + body + b".")
+    check_attempt(tmp_path / "x.pkl", bytes([0x80, protocol]) + body + b".")
 
 
 OPCODES = [
@@ -183,7 +183,7 @@ OPCODES = [
 @FUZZ
 @given(steps=st.lists(st.sampled_from(OPCODES), max_size=40))
 def test_random_programs(tmp_path: Path, steps: list[bytes]) -> None:
-    attempt(tmp_path / "x.pt", h.build_zip(h.torch_members(b"\x80\x02" + b"".join(steps) + b".")))
+    check_attempt(tmp_path / "x.pt", h.build_zip(h.torch_members(b"\x80\x02" + b"".join(steps) + b".")))
 
 
 plain = st.recursive(
