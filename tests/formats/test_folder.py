@@ -248,6 +248,12 @@ def test_a_key_in_two_shards(tmp_path: Path) -> None:
     assert "'a'" in refusal(index(tmp_path / "m.index.json", {"a": "s.safetensors", "c": "t.safetensors"}))
 
 
+def test_two_components_that_make_one_name(tmp_path: Path) -> None:
+    weights(tmp_path / "x" / "model.safetensors", "y.z")
+    weights(tmp_path / "x.y" / "model.safetensors", "z")
+    assert "'x.y.z'" in refusal(tmp_path)
+
+
 def test_a_key_that_the_index_says_twice(tmp_path: Path) -> None:
     weights(tmp_path / "s.safetensors", "a")
     path = tmp_path / "m.index.json"
