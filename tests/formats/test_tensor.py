@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +13,7 @@ from sdformats.tensor import DType, Spec, TensorSink, TensorSource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 WIDTHS = {
     4: "F4",
@@ -29,7 +29,7 @@ class OneFile(TensorSource):
     """A file that is one tensor of bytes."""
 
     container = "raw"
-    metadata: Mapping[str, str] = {}  # noqa: RUF012
+    metadata: Mapping[str, str] = {}
 
     def __init__(self, path: Path) -> None:
         self.path = path
