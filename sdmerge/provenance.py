@@ -75,7 +75,8 @@ def describe_inputs(sources: Sequence[TensorSource], labels: Sequence[str], opti
             if options.hash_inputs:
                 entry["sha256"] = hashing.sha256(source.files[0])
         elif options.hash_inputs:
-            entry["sha256"] = {str(file.path.relative_to(source.path)): hashing.sha256(file) for file in source.files}
+            root = source.path if source.container == "folder" else source.path.parent
+            entry["sha256"] = {file.path.relative_to(root).as_posix(): hashing.sha256(file) for file in source.files}
         if "sdmerge.recipe" in source.metadata:
             entry["recipe"] = source.metadata["sdmerge.recipe"]
         found.append(entry)

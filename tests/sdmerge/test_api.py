@@ -74,6 +74,20 @@ def test_hash_adds_the_sha256(tmp_path: Path, models: list[Path]) -> None:
     )
 
 
+def test_shards_are_hashed_by_name(tmp_path: Path, models: list[Path]) -> None:
+    tensors = toys.toy(0)
+    names = sorted(tensors)
+    halves = {"1.safetensors": names[::2], "2.safetensors": names[1::2]}
+    for shard, held in halves.items():
+        toys.save(tmp_path / shard, {name: tensors[name] for name in held})
+    placed = {name: shard for shard, held in halves.items() for name in held}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": placed}))
+    out = tmp_path / "merged.safetensors"
+    sdmerge.weighted_sum([index, models[1]], output=out, hash_inputs=True)
+    assert set(json.loads(metadata(out)["sdmerge.inputs"])[0]["sha256"]) == set(halves)
+
+
 def test_a_merge_of_merges_remembers_both(tmp_path: Path, models: list[Path]) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     sdmerge.weighted_sum(models[:2], output=first)
