@@ -71,7 +71,8 @@ def run(plan: Plan, sink: TensorSink, options: Options, progress: Callable[[int]
     finally:
         job.stop.set()
         for thread in threads:
-            thread.join()
+            if thread.is_alive():  # a signal may have come before it was started
+                thread.join()
         torch.set_num_threads(intra_op)
     progress(job.take_progress())
     if job.error is not None:

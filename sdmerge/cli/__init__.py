@@ -86,6 +86,10 @@ def main(args: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    if status > 128:  # a thread may still be in the middle of a block or a sync: end without waiting for it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -96,6 +100,8 @@ def _guarded(args: list[str] | None) -> int:
 
     try:
         result: Any = root.main(args, prog_name="sdmerge", standalone_mode=False)
+    except click.Abort:
+        raise
     except click.ClickException as error:
         error.show()
         return error.exit_code
