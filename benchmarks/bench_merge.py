@@ -81,9 +81,7 @@ def compare(family: Family, settings: Settings, progress: Progress) -> Compariso
     return Comparison(family.name, family.title, size, page_cache, results)
 
 
-def _run(
-    result: Result, inputs: tuple[Path, ...], settings: Settings, page_cache: str, *, counted: bool
-) -> None:
+def _run(result: Result, inputs: tuple[Path, ...], settings: Settings, page_cache: str, *, counted: bool) -> None:
     run = result.run
     with _scratch(settings.cache) as folder:
         prepare_page_cache(inputs[: run.job.models], page_cache)

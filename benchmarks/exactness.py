@@ -81,9 +81,7 @@ def compare(job: Job, inputs: Sequence[NDArray[Any]], merged: NDArray[Any]) -> t
     return len(exact), int(np.count_nonzero(~fair))
 
 
-def check(
-    job: Job, inputs: Sequence[Path], outputs: Sequence[Path], *, sample: int = 48, seed: int = 0
-) -> Exactness:
+def check(job: Job, inputs: Sequence[Path], outputs: Sequence[Path], *, sample: int = 48, seed: int = 0) -> Exactness:
     """Compare a merged model with its inputs on a sample of tensors.
 
     Args:

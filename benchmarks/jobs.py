@@ -92,9 +92,7 @@ class Outcome:
     version: str
 
 
-def execute(
-    run: Run, inputs: tuple[Path, ...], output: Path, *, threads: int, python: str = sys.executable
-) -> Outcome:
+def execute(run: Run, inputs: tuple[Path, ...], output: Path, *, threads: int, python: str = sys.executable) -> Outcome:
     """Make one run in a process of its own and return what it measured.
 
     Args:

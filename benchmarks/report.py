@@ -114,7 +114,15 @@ class Comparison:
         table = Table(title=f"{self.title}: {size}, page cache {self.page_cache}")
         for column in ("tool", "job"):
             table.add_column(column, overflow="fold")
-        for column in ("seconds (range)", "x floor", "best\nx floor", "x sdmerge", "anonymous\nMB", "resident\nMB", "inexact"):
+        for column in (
+            "seconds (range)",
+            "x floor",
+            "best\nx floor",
+            "x sdmerge",
+            "anonymous\nMB",
+            "resident\nMB",
+            "inexact",
+        ):
             table.add_column(column, justify="right")
         for result in self.results:
             if result.median is None:
