@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sdformats.layout import Detection
-
     from sdformats.tensor import TensorSource
     from sdmerge.method import Method
     from sdmerge.options import Options

@@ -16,9 +16,9 @@ from sdmerge.step import Read, Step
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from sdformats.layout import Detection
     from torch import Tensor
 
+    from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
     from sdmerge.method import Method
     from sdmerge.options import Options
