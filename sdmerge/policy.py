@@ -162,7 +162,7 @@ def check_together(views: Sequence[View], options: Options, notes: Notes) -> Non
         if mine.spelling and theirs.spelling and mine.spelling != theirs.spelling:
             raise FamilyError(
                 f"{first.label} is spelled as {mine.spelling} and {other.label} as {theirs.spelling} ({first.source.path}, "
-                f"{other.source.path}): their tensors have different names; convert one of them first"
+                f"{other.source.path}): their tensors have different names; use models that are spelled alike"
             )
         if not first.tensors.keys() & other.tensors.keys():
             raise FamilyError(

@@ -129,8 +129,9 @@ def _json(value: Any) -> str:
 
 
 def _hash_of(entry: Mapping[str, Any]) -> str:
+    """Return the sha256 where it is known, else the fingerprint: the legacy hash is the same for many fine-tunes."""
     sha = entry.get("sha256")
-    return sha if isinstance(sha, str) else entry.get("legacy_hash", entry["fingerprint"])
+    return sha if isinstance(sha, str) else str(entry["fingerprint"])
 
 
 def _a1111_recipe(

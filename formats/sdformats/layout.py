@@ -183,7 +183,11 @@ def detect(specs: Mapping[str, Spec], *, family: str | None = None) -> Detection
         return _without_network(specs, family)
     if len(winners) > 1:
         names = " and ".join(f"{w.family} ({w.spelling})" for w in winners)
-        raise FormatError(f"could be {names}", advice="say which with --family")
+        mixed = len({w.family for w in winners}) == 1
+        advice = (
+            "it holds names of both spellings, which belongs into two files" if mixed else "say which with --family"
+        )
+        raise FormatError(f"could be {names}", advice=advice)
     layout = winners[0]
     seen = facts[layout.spelling]
     components = _components(specs, layout.spelling)

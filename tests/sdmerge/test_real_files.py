@@ -15,6 +15,7 @@ from safetensors import safe_open
 from sdformats.errors import FormatError, UnknownFormat, UnsupportedFile
 from sdformats.files import open_source
 from sdformats.layout import detect
+from sdformats.tensor import DType, Spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,3 +136,18 @@ def _order(value: torch.Tensor) -> tuple[Any, ...]:
 
 def test_torch_judges_most_of_the_pickles() -> None:
     assert sum(judged(name) is not None for name in PICKLES) >= len(PICKLES) // 2
+
+
+def listed(name: str) -> dict[str, Spec]:
+    """Return the specs of a published file of which only the list of keys is here."""
+    return {key: Spec(tuple(value["shape"]), DType.F16) for key, value in json.loads((REAL / name).read_text()).items()}
+
+
+def test_the_keys_of_an_sdxl_unet() -> None:
+    found = detect(listed("124_keydump-juggernautXLv9-unet.json"))
+    assert (found.kind, found.family, found.variant, found.spelling) == ("unet", "sdxl", "base", "diffusers")
+
+
+def test_the_keys_of_a_kohya_lora() -> None:
+    found = detect(listed("122_keydump-shinkai_makoto_offset-sd1-kohya.json"))
+    assert (found.kind, found.family) == ("adapter", "sd1")
