@@ -12,10 +12,17 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from sdkernels import cast as cast
+    from sdkernels import dropout as dropout
     from sdkernels import kernel as kernel
+    from sdkernels import lerp as lerp
     from sdkernels import linear as linear
+    from sdkernels import philox as philox
+    from sdkernels import reduce as reduce
+    from sdkernels import rounding as rounding
+    from sdkernels import select as select
+    from sdkernels import ties as ties
 
-__all__ = ["cast", "kernel", "linear"]
+__all__ = ["cast", "dropout", "kernel", "lerp", "linear", "philox", "reduce", "rounding", "select", "ties"]
 
 
 def __getattr__(name: str) -> ModuleType:

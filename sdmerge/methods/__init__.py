@@ -1,3 +1,7 @@
-"""The merge methods, a file for each kind. Importing this package registers them all."""
+"""Merge methods, one file for each kind; importing this package registers them all."""
 
-from sdmerge.methods import linear as linear
+import importlib
+import pkgutil
+
+for _found in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_found.name}")

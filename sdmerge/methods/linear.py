@@ -16,11 +16,14 @@ def add_difference(
     b: "Tensor",
     c: "Tensor",
     *,
-    alpha: Annotated[float, Param("how much of what B learned over C is added to A")] = 1.0,
+    alpha: Annotated[float, Param("how much of what B learned over C is added to A", weight=True)] = 1.0,
 ) -> "Tensor":
     """A + alpha (B - C): give A what B learned over C.
 
     The difference is taken first, so the result is exactly A where B equals C.
+
+    Formula: A + α (B − C)
+    Source: AUTOMATIC1111's checkpoint merger ("Add difference"); everyone since
 
     Args:
         a, b, c: tensors of one shape.
@@ -31,21 +34,58 @@ def add_difference(
 
 @method(mixed=True, propagates=True)
 def weighted_sum(
-    *tensors: "Tensor",
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order")],
+    a: "Tensor",
+    b: "Tensor",
+    *,
+    alpha: Annotated[float, Param("share of B", weight=True)] = 0.5,
 ) -> "Tensor":
-    """Weighted sum of any number of models: w1 A + w2 B + ...
+    """Weighted sum of two models.
+
+    Taken as a step from the model with the larger share: exact where the models agree, and a share of 1 returns its model.
+
+    Formula: (1 − α) A + α B
+    Source: AUTOMATIC1111's checkpoint merger ("Weighted sum"); everyone since
+
+    Args:
+        a, b: tensors of one shape.
+        alpha: 0 gives A, 1 gives B; other values extrapolate.
+    """
+    if alpha > 0.5:
+        return sdkernels.linear.combine(((1.0, b), (1.0 - alpha, a, b)))
+    return sdkernels.linear.combine(((1.0, a), (alpha, b, a)))
+
+
+@method(mixed=True, propagates=True, at_least=1)
+def linear(
+    *tensors: "Tensor",
+    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", weight=True)] = (1.0,),
+    normalize: Annotated[bool, Param("divide the weights by their sum")] = True,
+) -> "Tensor":
+    """Weighted sum, or average, of any number of models.
 
     Weights that add up to 1 are applied to differences from the heaviest model, x_k + Σ wᵢ (xᵢ − x_k): the same value,
     exact where the models agree, and a weight of 1 returns its model unchanged.
 
+    Formula: Σ wᵢ xᵢ, divided by Σ wᵢ where normalized
+    Source: mergekit (linear), sd-mecha (n_average), kohya's merge scripts
+
     Args:
         tensors: tensors of one shape.
         weights: as many numbers.
+        normalize: divide by the weights' sum, which must not be 0.
+
+    Raises:
+        RequestError: another number of weights, or a sum of 0 to divide by.
     """
     if len(weights) != len(tensors):
         raise RequestError(f"{len(weights)} weights for {len(tensors)} models (expected one for each)")
-    if abs(sum(weights) - 1) > 1e-12:
+    total = sum(weights)
+    if normalize:
+        if total == 0:
+            raise RequestError("weights add up to 0 and cannot be normalized")
+        weights = tuple(weight / total for weight in weights)
+        total = 1.0
+    if abs(total - 1) > 1e-12:
         return sdkernels.linear.combine(tuple(zip(weights, tensors, strict=True)))
     heaviest = max(range(len(weights)), key=lambda i: weights[i])
     anchor = tensors[heaviest]
