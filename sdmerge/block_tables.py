@@ -274,7 +274,7 @@ def _up(unet: _Unet) -> Iterator[Block]:
     for level, depth in enumerate(reversed(unet.depths)):
         for i in range(3):
             parts = ("resnets", "attentions") if depth else ("resnets",)
-            here = (f"output_blocks.{number}.",)
+            here: tuple[str, ...] = (f"output_blocks.{number}.",)
             there = tuple(f"up_blocks.{level}.{part}.{i}." for part in parts)
             count = _count(depth, skip=True)
             last = level + 1 == len(unet.depths)

@@ -65,7 +65,8 @@ def unet(depths: list[int], *, pooled: bool) -> Iterable[str]:
             attention_head_dim=8,
             **(added if pooled else {}),
         )
-    return model.state_dict().keys()
+    names: Iterable[str] = model.state_dict().keys()
+    return names
 
 
 @pytest.mark.parametrize(
