@@ -28,8 +28,8 @@ class _NoTriton:
     constexpr = int
 
     @staticmethod
-    def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-        return function
+    def jit(function: Callable[..., Any] | None = None, **_options: Any) -> Callable[..., Any]:
+        return function if function is not None else lambda decorated: decorated
 
     @staticmethod
     def cdiv(a: int, b: int) -> int:
@@ -69,22 +69,38 @@ class Kernel:
     """One operation in two versions.
 
     Attributes:
-        name: its name in tests, benchmarks and error messages.
+        name: its name in tests, benchmarks and error messages: the module's, a dot, and its own.
         reference: plain torch, any device.
         fast: launches Triton; the same signature and result.
-        cases: arguments for parity test and benchmark.
+        cases: arguments for the parity test.
+        large: for the benchmark, a case that moves about as many bytes as it is told.
+        plain: for the benchmark, the torch expression over whole tensors that a user would write instead. It takes the
+            arguments of `large` and may round otherwise, or draw other random numbers.
+        tolerance: how far apart the two versions may be, as a part of the result's largest magnitude. 0: bit for bit;
+            else a reduction, whose order differs, or a function that is not correctly rounded everywhere.
     """
 
     name: str
     reference: Callable[..., Tensor]
     fast: Callable[..., Tensor]
     cases: Callable[[], Iterable[Case]]
+    large: Callable[[int], Case] | None = None
+    plain: Callable[..., Any] | None = None
+    tolerance: float = 0.0
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
-        """Run `fast` where a GPU holds the output, else `reference`."""
-        if HAS_TRITON and (first := _first_tensor((options.get("out"), *args))) is not None and first.is_cuda:
+        """Run `fast` where a GPU holds the output or the first tensor, or is the device asked for; else `reference`."""
+        if HAS_TRITON and _on_gpu(args, options):
             return self.fast(*args, **options)
         return self.reference(*args, **options)
+
+
+def _on_gpu(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    first = _first_tensor((options.get("out"), *args))
+    if first is not None:
+        return first.is_cuda
+    asked = options.get("device") or next((value for value in args if isinstance(value, torch.device)), None)
+    return asked is not None and torch.device(asked).type == "cuda"
 
 
 def _first_tensor(values: Any) -> Tensor | None:
