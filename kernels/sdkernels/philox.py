@@ -12,7 +12,7 @@ what the CPU made.
 import hashlib
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from sdkernels.kernel import Case, Kernel, tl, triton
 
-Key = tuple[int, int]
+Key: TypeAlias = tuple[int, int]
 """The generator's key: two words of 32 bits, the low one first."""
 
-Device = torch.device | str | None
+Device: TypeAlias = torch.device | str | None
+Words: TypeAlias = NDArray[np.uint64]
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -54,9 +55,6 @@ def key(seed: int, name: str) -> Key:
     text = name.encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + text, digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-
-
-Words = NDArray[np.uint64]
 
 
 def rounds(x: Words, y: Words, spare: Words, shifted: Words, key: Key, first: int = 0) -> tuple[Words, Words]:

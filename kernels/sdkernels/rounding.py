@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdkernels import flat
 from sdkernels.cast import limit, narrow
+from sdkernels.flat import deliver, span, target
 from sdkernels.kernel import Case, Kernel, tl, triton
 from sdkernels.philox import Key, Stream, key, seed_of, words_of
 
@@ -47,27 +47,29 @@ def reference(x: Tensor, out: Tensor, key: Key, start: int = 0) -> Tensor:
     """
     if _holds(out.dtype, x.dtype):
         return out.copy_(x)
-    values, rounded = x.reshape(-1), flat.target(x, out.dtype, out)
-    size = flat.span(x)
+    values, rounded = x.reshape(-1), target(x, out.dtype, out)
+    size = span(x)
     stream = Stream(key, min(size, max(1, values.numel())))
     for lo in range(0, values.numel(), size):
         part = values[lo : lo + size].double()
         words = stream.take(start + lo, part.numel())
         uniform = torch.from_numpy((words >> 8).view("int32")).to(x.device) * 2.0**-24
-        narrow(_round(part, uniform, out.dtype), rounded[lo : lo + size])
-    return flat.deliver(rounded, x, out)
+        narrow(_round(part, uniform, out.dtype).float(), rounded[lo : lo + size])  # float32 holds it too
+    return deliver(rounded, x, out)
 
 
 def _round(x: Tensor, uniform: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return float64 values that `dtype` holds, but for those beyond its limit."""
+    """Return float64 values that `dtype` holds; infinity for those beyond its limit."""
     bits, lowest = _form(dtype)
     exponent = (x.view(torch.int64) >> 52) & 0x7FF
     step = ((exponent.clamp_(min=lowest + 1023) - bits) << 52).view(torch.float64)
     magnitude = x.abs()
     steps = magnitude / step
     whole = steps.floor()
-    near = ((whole + (uniform < steps - whole)) * step).clamp_(max=torch.finfo(dtype).max)
-    return torch.where(magnitude <= limit(dtype), near.copysign_(x), x)
+    up = uniform < steps.sub_(whole)
+    near = whole.add_(up.double()).mul_(step).clamp_(max=torch.finfo(dtype).max).copysign_(x)
+    within = magnitude <= limit(dtype)
+    return near if bool(within.all()) else torch.where(within, near, x * torch.inf)
 
 
 @triton.jit(do_not_specialize=["seed", "first"])  # type: ignore[untyped-decorator, unused-ignore]
