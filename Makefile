@@ -1,4 +1,4 @@
-# One environment, two commands. Any of: make demo, make test, make bench, make clean.
+# One environment, two commands. Any of: make demo, make test, make bench, make conformance, make clean.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,9 +7,11 @@ BIN := $(VENV)/Scripts
 else
 BIN := $(VENV)/bin
 endif
+PEERS := .venv-conformance
+PEERS_BIN := $(PEERS)/$(notdir $(BIN))
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench conformance clean
 
 demo: $(VENV)/.demo  ## Merge three tiny models and paint what they learned.
 	$(BIN)/sdmerge demo demo
@@ -26,6 +28,9 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev  ## Full-size merges against the I/O floor (27 GB of files, once).
 	$(BIN)/python -m benchmarks.bench_merge --check
 
+conformance: $(PEERS)/.peers  ## The same merges by mergekit and sd-mecha, which have an environment of their own.
+	$(PEERS_BIN)/python -m pytest -q tests/conformance
+
 $(VENV)/bin/python $(VENV)/Scripts/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -37,5 +42,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[dev]'
 	touch $@ $(VENV)/.demo
 
+$(PEERS)/.peers: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[conformance]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEERS) demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -99,7 +99,7 @@ def test_sce(shape: tuple[int, ...], share: float) -> None:
     stack = np.stack(deltas)
     if share < 1:
         spread = stack.var(axis=0)
-        chosen = int(share * np.count_nonzero(spread))
+        chosen = int(round(share * 10) * np.count_nonzero(spread)) // 10
         least = np.sort(spread.ravel())[spread.size - chosen] if chosen else np.inf
         stack = np.where(spread >= least, stack, 0)
     energy = np.square(stack).reshape(3, -1).sum(1)
