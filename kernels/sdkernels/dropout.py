@@ -161,13 +161,13 @@ def large(moved: int) -> Case:
 
 def _make_large(count: int, device: torch.device) -> tuple[Any, ...]:
     x, base = (torch.randn(count, device=device).half() for _ in range(2))
-    return x, 0.3, key(0, "large"), 0, base
+    return x, 0.3, key(0, "large"), 0, base, True, torch.empty(count, device=device)
 
 
-def plain(x: Tensor, keep: float, _key: Key, _start: int, base: Tensor) -> Tensor:
+def plain(x: Tensor, keep: float, _key: Key, _start: int, base: Tensor, _rescale: bool, out: Tensor) -> Tensor:
     """Compute the same from torch's own random numbers."""
     delta = x.float() - base.float()
-    return torch.where(torch.rand_like(delta) < keep, delta / keep, 0.0)
+    return out.copy_(torch.where(torch.rand_like(delta) < keep, delta / keep, 0.0))
 
 
 drop = Kernel("dropout.drop", reference, fast, cases, large, plain)

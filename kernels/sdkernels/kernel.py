@@ -10,6 +10,7 @@ Kernel files must not use ``from __future__ import annotations``: the interprete
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -93,6 +94,12 @@ class Kernel:
         if HAS_TRITON and _on_gpu(args, options):
             return self.fast(*args, **options)
         return self.reference(*args, **options)
+
+
+def defined_in(module: ModuleType) -> tuple[Kernel, ...]:
+    """Return the kernels that a module of this package defines, in their order."""
+    start = module.__name__.rpartition(".")[2] + "."
+    return tuple(value for value in vars(module).values() if isinstance(value, Kernel) and value.name.startswith(start))
 
 
 def _on_gpu(args: tuple[Any, ...], options: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdkernels.cast import accumulator
+from sdkernels.flat import deliver, span, target
 from sdkernels.kernel import Case, Kernel, tl, triton
 
 Term = tuple[float, Tensor] | tuple[float, Tensor, Tensor]
@@ -29,8 +30,8 @@ def _dtypes(terms: Sequence[Term]) -> list[torch.dtype]:
 def reference(terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
     """Add up `terms`, in order, each after the first with a fused multiply-add.
 
-    Tensors are widened one by one, just before they are used, and what was widened is computed on in place: on a CPU the
-    few buffers stay in the cache, which decides the speed.
+    Span by span, tensors are widened one by one, just before they are used, and what was widened is computed on in place:
+    on a CPU the few buffers stay in the cache, which decides the speed.
 
     Args:
         terms: at least one; all tensors have one shape, any floating type.
@@ -39,6 +40,25 @@ def reference(terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
     Returns:
         `out`, or a new tensor in the accumulator's type (float32; float64 where a term has it).
     """
+    first = terms[0][1]
+    size = span(first)
+    if first.numel() <= size:
+        return _sum(terms, out)
+    flat = {id(x): x.reshape(-1) for _, *tensors in terms for x in tensors}
+    result = target(first, accumulator(*_dtypes(terms)), out)
+    for lo in range(0, first.numel(), size):
+        parts = {name: x[lo : lo + size] for name, x in flat.items()}  # a tensor in two terms is still one
+        _sum([_replaced(term, parts) for term in terms], result[lo : lo + size])
+    return deliver(result, first, out)
+
+
+def _replaced(term: Term, parts: dict[int, Tensor]) -> Term:
+    if len(term) == 3:
+        return term[0], parts[id(term[1])], parts[id(term[2])]
+    return term[0], parts[id(term[1])]
+
+
+def _sum(terms: Sequence[Term], out: Tensor | None) -> Tensor:
     widen = _Widener(terms)
     total: Tensor | None = None
     ours = False
@@ -175,4 +195,15 @@ def _make(dtype: torch.dtype, count: int, forms: str, device: torch.device) -> t
     return terms, torch.empty(count, dtype=dtype, device=device)
 
 
-combine = Kernel("linear.combine", reference, fast, cases)
+def large(moved: int) -> Case:
+    """A + 0.7 (B - C) in fp16: three tensors in, one out."""
+    return Case("fp16-add-difference", partial(_make, torch.float16, moved // 8, "xd"), moved // 8 * 8)
+
+
+def plain(terms: Sequence[Any], out: Tensor) -> Tensor:
+    """Compute in float32, as a user would."""
+    (first, a), (second, b, c) = terms
+    return out.copy_(first * a.float() + second * (b.float() - c.float()))
+
+
+combine = Kernel("linear.combine", reference, fast, cases, large, plain)

@@ -96,3 +96,15 @@ def test_every_type_and_shape(dtype: torch.dtype) -> None:
         x = torch.ones(shape).to(dtype)
         got = linear.combine(((0.5, x), (0.25, x), (0.25, x)), out=torch.empty_like(x))
         assert torch.equal(got.float(), x.float())
+
+
+def test_spans_join() -> None:
+    source = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(300, 500, generator=source).half() for _ in range(2))
+    terms: tuple[linear.Term, ...] = ((1.0, a), (0.7, b, a))
+    whole = linear.combine(terms)
+    rows = [linear.combine(((1.0, x), (0.7, y, x))) for x, y in zip(a, b, strict=True)]
+    assert torch.equal(whole, torch.stack(rows))
+    out = torch.empty(500, 300, dtype=torch.float16).T
+    assert linear.combine(terms, out=out) is out
+    assert torch.equal(out, whole.half())

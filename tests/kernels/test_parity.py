@@ -23,7 +23,7 @@ import sys
 import traceback
 import torch
 import sdkernels
-from sdkernels.kernel import HAS_TRITON, Kernel
+from sdkernels.kernel import HAS_TRITON, defined_in
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 assert HAS_TRITON
@@ -51,9 +51,8 @@ def check(one, got, want):
 
 def run(name):
     seen, failed = 0, []
-    module = getattr(sdkernels, name)
-    for one in [value for value in vars(module).values() if isinstance(value, Kernel)]:
-        for case in one.cases() if one.name.startswith(name + ".") else ():
+    for one in defined_in(getattr(sdkernels, name)):
+        for case in one.cases():
             seen += 1
             try:
                 check(one, one.fast(*case.make(device)), one.reference(*case.make(device)))
