@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, dtype
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 """Elements widened at a time."""
 
 Numbers = tuple[float, ...]

@@ -10,7 +10,7 @@ from sdmerge.method import Param, method
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 """Elements widened at a time."""
 
 

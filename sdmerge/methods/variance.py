@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 """Elements widened at a time."""
 
 
