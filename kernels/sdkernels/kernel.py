@@ -41,6 +41,8 @@ HAS_TRITON = False
 triton: Any = _NoTriton
 tl: Any = _NoTriton
 if _triton_runs():
+    # Fused multiply-adds only where a kernel asks for one: Triton versions differ in whether they make their own.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")
     try:
         import triton as _triton
         import triton.language as _tl

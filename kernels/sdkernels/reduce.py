@@ -13,7 +13,7 @@ from sdkernels.kernel import Case, Kernel, tl, triton
 # Below 32,768 elements torch sums in one thread, whatever it may use, so the order of the sum never depends on that.
 _SPAN = 1 << 14
 _GROUP = 2
-_BLOCK = 2048
+_BLOCKS = {1: 2048, 2: 2048, 3: 512, 4: 512}  # by tensors: ten float64 sums for each element must fit the registers
 _PIECE = 1 << 16
 
 
@@ -87,22 +87,22 @@ def _gram_kernel(  # type: ignore[no-untyped-def]
         at = lo + tl.arange(0, BLOCK)
         inside = at < end
         v0 = _load(x0, center, row + at, inside, CENTERED)
-        s00 += v0 * v0
+        s00 = tl.fma(v0, v0, s00)
         if TENSORS > 1:
             v1 = _load(x1, center, row + at, inside, CENTERED)
-            s10 += v1 * v0
-            s11 += v1 * v1
+            s10 = tl.fma(v1, v0, s10)
+            s11 = tl.fma(v1, v1, s11)
         if TENSORS > 2:
             v2 = _load(x2, center, row + at, inside, CENTERED)
-            s20 += v2 * v0
-            s21 += v2 * v1
-            s22 += v2 * v2
+            s20 = tl.fma(v2, v0, s20)
+            s21 = tl.fma(v2, v1, s21)
+            s22 = tl.fma(v2, v2, s22)
         if TENSORS > 3:
             v3 = _load(x3, center, row + at, inside, CENTERED)
-            s30 += v3 * v0
-            s31 += v3 * v1
-            s32 += v3 * v2
-            s33 += v3 * v3
+            s30 = tl.fma(v3, v0, s30)
+            s31 = tl.fma(v3, v1, s31)
+            s32 = tl.fma(v3, v2, s32)
+            s33 = tl.fma(v3, v3, s33)
     to = out + program * 10
     tl.store(to, tl.sum(s00))
     if TENSORS > 1:
@@ -147,7 +147,7 @@ def _launch(values: list[Tensor], center: Tensor | None) -> Tensor:
     pieces = triton.cdiv(length, _PIECE)
     sums = torch.zeros((count, pieces, 10), dtype=torch.float64, device=values[0].device)
     spare = [values[0]] * (2 * _GROUP - len(values))
-    block = _BLOCK
+    block = _BLOCKS[len(values)]
     while block >= 2 * length and block > 1:
         block //= 2
     _gram_kernel[(count * pieces,)](
