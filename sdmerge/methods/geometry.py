@@ -54,7 +54,8 @@ def geometric_median(
 
     A model that is itself the median, as one that most models equal, is returned unchanged. Where the median is not unique
     (two models of one weight, or an even number on one line), it is the one that is found from the mean: of two models of
-    one weight, their mean. (sd-mecha has no weights, and adds 1e-6 to small distances, which must not be small against it.)
+    one weight, their mean. (sd-mecha has no weights, takes distances below 1e-6 as 1e-6, and in float32 stops where the sum
+    is flat, some 5e-5 of the distances away.)
 
     Formula: argmin over x of Σ wᵢ ‖x − xᵢ‖, by x ← Σ (wᵢ / dᵢ) xᵢ / Σ (wᵢ / dᵢ), dᵢ = ‖x − xᵢ‖, from the mean
     Source: Weiszfeld 1937; Vardi, Zhang 2000, "The multivariate L1-median"; sd-mecha (geometric_median)
@@ -109,7 +110,7 @@ def _weiszfeld(gram: "Tensor", weights: "Tensor", iterations: int, tolerance: fl
 
 
 def _pull(gram: "Tensor", weights: "Tensor", shares: "Tensor") -> "tuple[Tensor, float, float]":
-    """Return the points' distances to Σ shares · point, the pull on it of those that are apart, the weight of the others."""
+    """Return the points' distances to Σ shares · point, the pull of those apart from it, the weight of the rest."""
     import torch
 
     toward = gram @ shares
