@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from sdmerge.api import add_difference as add_difference
     from sdmerge.api import convert as convert
     from sdmerge.api import merge as merge
+    from sdmerge.api import run_recipe as run_recipe
+    from sdmerge.api import sweep as sweep
     from sdmerge.api import weighted_sum as weighted_sum
+    from sdmerge.blocks import Weights as Weights
     from sdmerge.errors import SdmergeError as SdmergeError
     from sdmerge.inspection import inspect_path as inspect_path
     from sdmerge.options import Options as Options
+    from sdmerge.verify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -30,10 +34,14 @@ _HOMES = {
     "add_difference": "sdmerge.api",
     "convert": "sdmerge.api",
     "merge": "sdmerge.api",
+    "run_recipe": "sdmerge.api",
+    "sweep": "sdmerge.api",
     "weighted_sum": "sdmerge.api",
+    "Weights": "sdmerge.blocks",
     "SdmergeError": "sdmerge.errors",
     "inspect_path": "sdmerge.inspection",
     "Options": "sdmerge.options",
+    "verify": "sdmerge.verify",
 }
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - the names above, once
 

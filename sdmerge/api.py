@@ -2,67 +2,40 @@
 
 from __future__ import annotations
 
-import gc
-import time
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from sdformats.errors import OutputExists
-from sdformats.files import create_sink, open_source
-from sdformats.layout import detect
-from sdmerge import provenance
 from sdmerge.errors import RequestError
+from sdmerge.execute import Report, copy, execute
 from sdmerge.options import OptionFields, Options
-from sdmerge.plan import plan_copy, plan_merge
-from sdmerge.policy import LABELS
+from sdmerge.recipe import LABELS, Input, Merge, Model, Recipe
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from sdformats.layout import Detection
-    from sdformats.tensor import TensorSource
-    from sdmerge.step import Plan
+    from sdmerge.blocks import Weights
 
     PathLike = str | os.PathLike[str]
 
-
-@dataclass(frozen=True)
-class Report:
-    """What was done.
-
-    Attributes:
-        output: the file written (or that would be, in a dry run).
-        written: whether it was.
-        nbytes: bytes of all its tensors.
-        counts: how many tensors were merged, copied, kept for lack of a partner, and so on.
-        notes: what was decided on the way, one line each.
-        nonfinite, overflowed: accepted faults, elements by tensor.
-        seconds: wall time.
-    """
-
-    output: Path
-    written: bool
-    nbytes: int
-    tensors: int
-    counts: Mapping[str, int]
-    family: str | None
-    notes: tuple[str, ...]
-    seconds: float
-    nonfinite: Mapping[str, int] = field(default_factory=dict)
-    overflowed: Mapping[str, int] = field(default_factory=dict)
+__all__ = ["Report", "add_difference", "convert", "merge", "run_recipe", "sweep", "weighted_sum"]
 
 
 def add_difference(
-    a: PathLike, b: PathLike, c: PathLike, *, alpha: float = 1.0, output: PathLike, **options: Unpack[OptionFields]
+    a: PathLike,
+    b: PathLike,
+    c: PathLike,
+    *,
+    alpha: float | Weights = 1.0,
+    output: PathLike,
+    **options: Unpack[OptionFields],
 ) -> Report:
     """Write A + alpha (B - C): give A what B learned over C.
 
     Args:
         a, b, c: checkpoints of one family, in any container.
-        alpha: how much of the difference is added.
+        alpha: how much of the difference is added; block weights are allowed.
         output: a ``.safetensors`` file (a folder where the models are diffusers folders).
         options: see `sdmerge.options.Options`.
 
@@ -76,8 +49,8 @@ def add_difference(
 def weighted_sum(
     models: Sequence[PathLike],
     *,
-    weights: Sequence[float] | None = None,
-    alpha: float | None = None,
+    weights: Sequence[float | Weights] | None = None,
+    alpha: float | Weights | None = None,
     normalize: bool = False,
     output: PathLike,
     **options: Unpack[OptionFields],
@@ -95,144 +68,134 @@ def weighted_sum(
     Raises:
         as `add_difference`.
     """
-    if weights is None:
-        if len(models) != 2:
-            raise RequestError(f"{len(models)} models need --weights, one for each; --alpha is for two models")
-        share = 0.5 if alpha is None else alpha
-        weights = (1.0 - share, share)
-    elif alpha is not None:
-        raise RequestError("alpha and weights exclude each other; give one of them")
-    if len(weights) != len(models):
-        raise RequestError(f"{len(weights)} weights for {len(models)} models (expected one for each)")
-    if normalize:
-        total = sum(weights)
-        if total == 0:
-            raise RequestError("weights add up to 0 and cannot be normalized")
-        weights = [weight / total for weight in weights]
-    return merge("weighted_sum", models, {"weights": tuple(map(float, weights))}, output=output, **options)
+    method, values = _sum(len(models), weights, alpha, normalize=normalize)
+    return merge(method, models, values, output=output, **options)
+
+
+def _sum(count: int, weights: Any, alpha: Any, *, normalize: bool) -> tuple[str, dict[str, Any]]:
+    """Return the method and its values that a weighted sum means."""
+    if weights is not None:
+        if alpha is not None:
+            raise RequestError("alpha and weights exclude each other; give one of them")
+        if len(weights) != count:
+            raise RequestError(f"{len(weights)} weights for {count} models (expected one for each)")
+        return "linear", {"weights": tuple(weights), "normalize": normalize}
+    if count != 2:
+        raise RequestError(f"{count} models need --weights, one for each; --alpha is for two models")
+    return "weighted_sum", {} if alpha is None else {"alpha": alpha}
 
 
 def merge(
     method: str,
     models: Sequence[PathLike],
-    values: Mapping[str, Any],
+    values: Mapping[str, Any] | None = None,
     *,
+    base: PathLike | None = None,
     output: PathLike,
     **options: Unpack[OptionFields],
 ) -> Report:
-    """Merge models by any registered method. See `add_difference` for the arguments and errors."""
-    from sdmerge import methods  # noqa: F401 - registers them; late, for it leads to torch
-    from sdmerge.method import METHODS
+    """Merge models by any method.
 
-    started = time.perf_counter()
-    chosen = Options(**options)
-    if method not in METHODS:
-        raise RequestError(f"there is no method {method!r}; there are: {', '.join(sorted(METHODS))}")
-    if not 2 <= len(models) <= len(LABELS):
-        raise RequestError(f"{len(models)} models to merge (expected 2 to {len(LABELS)})")
-    complete = METHODS[method].check(len(models), values)
-    with ExitStack() as stack:
-        with _no_collection():
-            opened = [_open(stack, path, chosen) for path in models]
-            vae = _open(stack, chosen.vae, chosen) if chosen.vae is not None else None
-            plan = plan_merge(METHODS[method], complete, opened, vae, chosen)
-        labels = [*LABELS[: len(models)], *(["VAE"] if vae else [])]
-        target = Path(output)
-        _check_output(target, plan, chosen)
-        if chosen.dry_run:
-            return _report(plan, target, started)
-        inputs = provenance.describe_inputs(plan.sources, labels, chosen)
-        metadata = provenance.merge_metadata(plan, method, complete, inputs, chosen, target)
-        return _execute(plan, metadata, target, chosen, started, "merging")
+    Args:
+        method: its name, as ``sdmerge methods`` lists it.
+        models: A first: its tensors decide what the output holds.
+        values: the method's parameters.
+        base: the model that the others were made from, for methods that need it.
+        output, options: as in `add_difference`.
+
+    Raises:
+        as `add_difference`.
+    """
+    recipe = _recipe(method, models, values or {}, base)
+    return execute([recipe], [Path(output)], Options(**options))[0]
+
+
+def sweep(
+    method: str,
+    models: Sequence[PathLike],
+    over: Mapping[str, Sequence[Any]],
+    values: Mapping[str, Any] | None = None,
+    *,
+    base: PathLike | None = None,
+    output: PathLike,
+    **options: Unpack[OptionFields],
+) -> list[Report]:
+    """Merge by one method with several values of its parameters, reading the inputs once.
+
+    Args:
+        over: for each swept parameter its values; several parameters give every combination.
+        output: ``{alpha}`` in the name stands for the parameter's value; without it, ``-alpha0.5`` is put behind the name.
+        method, models, values, base, options: as in `merge`.
+
+    Raises:
+        as `add_difference`.
+    """
+    points = combinations(over)
+    recipes = [_recipe(method, models, {**(values or {}), **point}, base) for point in points]
+    return execute(recipes, [swept_name(Path(output), point) for point in points], Options(**options))
+
+
+def run_recipe(
+    recipe: PathLike,
+    *,
+    output: PathLike | None = None,
+    changes: Mapping[str, Any] | None = None,
+    over: Mapping[str, Sequence[Any]] | None = None,
+    **options: Unpack[OptionFields],
+) -> list[Report]:
+    """Carry out a recipe file; see `sdmerge.recipe_file` for its form. mergekit's YAML is understood as well.
+
+    Args:
+        recipe: a YAML file.
+        output: where to write; the recipe may say it.
+        changes: values for what the recipe names under ``set``.
+        over: as in `sweep`, over names under ``set``.
+        options: what differs from the recipe's own options.
+
+    Raises:
+        as `add_difference`.
+    """
+    from sdmerge import recipe_file
+
+    points = combinations(over or {})
+    recipes = [recipe_file.load(Path(recipe), {**(changes or {}), **point}) for point in points]
+    first = recipes[0]
+    target = Path(output) if output is not None else first.output
+    if target is None:
+        raise RequestError(f"{recipe}: names no output; give one with -o")
+    targets = [swept_name(target, point) for point in points]
+    return execute(recipes, targets, Options(**{**first.options, **options}))
 
 
 def convert(source: PathLike, output: PathLike, **options: Unpack[OptionFields]) -> Report:
     """Write a model's tensors, under their names, as safetensors. See `add_difference` for options and errors."""
-    started = time.perf_counter()
-    chosen = Options(**options)
-    with ExitStack() as stack:
-        with _no_collection():
-            opened, seen = _open(stack, source, chosen)
-            plan = plan_copy(opened, seen, chosen)
-        target = Path(output)
-        _check_output(target, plan, chosen)
-        if chosen.dry_run:
-            return _report(plan, target, started)
-        return _execute(plan, provenance.convert_metadata(opened), target, chosen, started, "converting")
+    return copy(Path(source), Path(output), Options(**options))
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector from walking all of torch because some thousand headers were read (0.1 s each time)."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+def combinations(over: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return every combination of the swept values, the last parameter changing fastest; one empty one for none."""
+    return [dict(zip(over, point, strict=True)) for point in product(*over.values())]
 
 
-def _open(stack: ExitStack, path: PathLike, options: Options) -> tuple[TensorSource, Detection]:
-    source = stack.enter_context(open_source(Path(path)))
-    return source, detect(source.specs, family=options.family)
+def swept_name(output: Path, point: Mapping[str, Any]) -> Path:
+    """Return an output's name for one point of a sweep; see `sweep`."""
+    name = output.name
+    for parameter, value in point.items():
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        mark = "{" + parameter + "}"
+        if mark in name:
+            name = name.replace(mark, shown)
+        else:
+            stem, dot, suffix = name.rpartition(".")
+            name = f"{stem}-{parameter}{shown}{dot}{suffix}" if dot else f"{name}-{parameter}{shown}"
+    return output.with_name(name)
 
 
-def _check_output(target: Path, plan: Plan, options: Options) -> None:
-    """Refuse early what the sink would refuse late, and an output that is also an input."""
-    folder = plan.sources[0].container == "folder"
-    if not folder and target.suffix != ".safetensors":
-        raise RequestError(f"{target}: outputs are safetensors files (expected a name that ends in .safetensors)")
-    try:
-        there = target.stat()
-    except OSError:
-        return
-    if options.overwrite:
-        return
-    for source in plan.sources:
-        for file in source.files:
-            if (file.identity.device, file.identity.inode) == (there.st_dev, there.st_ino):
-                raise OutputExists(
-                    f"is the input {file.path}",
-                    path=target,
-                    advice="choose another name, or --overwrite to replace it when done",
-                )
-    raise OutputExists("exists already", path=target, advice="pass --overwrite, or choose another name")
-
-
-def _execute(
-    plan: Plan, metadata: Mapping[str, str], target: Path, options: Options, started: float, label: str
-) -> Report:
-    from sdmerge.run import run
-
-    shown = options.progress or (lambda _label, _total: nullcontext(lambda _done: None))
-    with create_sink(target, plan.specs, metadata, like=plan.sources[0], overwrite=options.overwrite) as sink:
-        with shown(label, plan.cost) as advance:
-            findings = run(plan, sink, options, advance)
-        for source in plan.sources:
-            source.verify()
-    return _report(plan, target, started, findings.nonfinite, findings.overflowed)
-
-
-def _report(
-    plan: Plan,
-    target: Path,
-    started: float,
-    nonfinite: Mapping[str, int] | None = None,
-    overflowed: Mapping[str, int] | None = None,
-) -> Report:
-    counts: dict[str, int] = {}
-    for step in plan.steps:
-        counts[step.why] = counts.get(step.why, 0) + 1
-    return Report(
-        output=target,
-        written=nonfinite is not None,
-        nbytes=sum(spec.nbytes for spec in plan.specs.values()),
-        tensors=len(plan.specs),
-        counts=counts,
-        family=plan.family,
-        notes=plan.notes,
-        seconds=time.perf_counter() - started,
-        nonfinite=dict(nonfinite or {}),
-        overflowed=dict(overflowed or {}),
-    )
+def _recipe(method: str, models: Sequence[PathLike], values: Mapping[str, Any], base: PathLike | None) -> Recipe:
+    if not 1 <= len(models) <= len(LABELS):
+        raise RequestError(f"{len(models)} models to merge (expected 1 to {len(LABELS)})")
+    inputs = {label: Input(Path(path)) for label, path in zip(LABELS, models, strict=False)}
+    operands = [Model(label) for label in inputs]
+    if base is not None:
+        inputs["base"] = Input(Path(base))
+    return Recipe(Merge.of(method, operands, values, None if base is None else Model("base")), inputs)

@@ -13,6 +13,18 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the end of a message about an unknown name: the known one that is spelled most like it."""
+    near = get_close_matches(name, [str(one) for one in known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
 
 class SdmergeError(Exception):
     """Root of all errors about a request. The message is one line: what, where, expected, next step."""

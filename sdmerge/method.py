@@ -20,13 +20,12 @@ from __future__ import annotations
 import inspect
 import types
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args, get_origin, runtime_checkable
 
-from sdmerge.errors import RequestError
+from sdmerge.errors import RequestError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -44,6 +43,15 @@ class Place:
 
     name: str
     start: int = 0
+
+
+@runtime_checkable
+class Varying(Protocol):
+    """A value that differs from tensor to tensor, as block weights do."""
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Every value it can take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,26 +103,40 @@ class Parameter:
         return f"{noun} from {bounds}"
 
     def checked(self, value: Any, count: int = 1) -> Any:
-        """Return `value` in the parameter's type, for `count` models.
+        """Return `value` in the parameter's type, for `count` models. It, or a number in a tuple, may be `Varying`.
 
         Raises:
             RequestError: another type, out of range, or the wrong number of numbers.
         """
+        if isinstance(value, Varying) and self.kind is not tuple:
+            self._check_varying(value)
+            return value
         fits = {
             bool: lambda: isinstance(value, bool),
             str: lambda: isinstance(value, str) and (not self.param.choices or value in self.param.choices),
             int: lambda: isinstance(value, int) and self._holds(value),
             float: lambda: self._holds(value),
-            tuple: lambda: all(self._holds(number) for number in _numbers(value)),
+            tuple: lambda: all(isinstance(one, Varying) or self._holds(one) for one in _numbers(value)),
         }[self.kind]
         if not fits():
-            near = _near(value, self.param.choices) if isinstance(value, str) else ""
+            near = nearest(value, self.param.choices) if isinstance(value, str) else ""
             raise RequestError(f"{self.name} is {value!r} (expected {self.expects}){near}")
         if self.kind is float:
             return float(value)
         if self.kind is tuple:
-            return self._for_each(tuple(float(number) for number in _numbers(value)), count)
+            for one in _numbers(value):
+                if isinstance(one, Varying):
+                    self._check_varying(one)
+            numbers = tuple(one if isinstance(one, Varying) else float(one) for one in _numbers(value))
+            return self._for_each(numbers, count)
         return value
+
+    def _check_varying(self, value: Varying) -> None:
+        if not self.param.weight:
+            raise RequestError(f"{self.name} is one value for all tensors and takes no block weights")
+        for number in value.numbers:
+            if not self._holds(number):
+                raise RequestError(f"{self.name} is {number!r} in some blocks (expected {self.expects})")
 
     def _holds(self, number: Any) -> bool:
         if isinstance(number, bool) or not isinstance(number, int | float) or number - number != 0:
@@ -122,7 +144,7 @@ class Parameter:
         low, high = self.param.low, self.param.high
         return (low is None or number >= low) and (high is None or number <= high)
 
-    def _for_each(self, numbers: tuple[float, ...], count: int) -> tuple[float, ...]:
+    def _for_each(self, numbers: tuple[Any, ...], count: int) -> tuple[Any, ...]:
         if len(numbers) == 1:
             return numbers * count
         if len(numbers) != count:
@@ -198,7 +220,7 @@ class Method:
                 return parameter
         known = [p.name for p in self.parameters]
         raise RequestError(
-            f"{self.name} has no parameter {name!r}; it has: {', '.join(known) or 'none'}{_near(name, known)}"
+            f"{self.name} has no parameter {name!r}; it has: {', '.join(known) or 'none'}{nearest(name, known)}"
         )
 
     def check_models(self, count: int, *, base: bool) -> None:
@@ -244,7 +266,7 @@ def find(name: str) -> Method:
 
     found = METHODS.get(name.replace("-", "_"))
     if found is None:
-        raise RequestError(f"there is no method {name!r}{_near(name, METHODS) or '; sdmerge methods lists them'}")
+        raise RequestError(f"there is no method {name!r}{nearest(name, METHODS) or '; sdmerge methods lists them'}")
     return found
 
 
@@ -289,7 +311,3 @@ def _parameter(name: str, found: inspect.Parameter) -> Parameter:
 def _numbers(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
-
-def _near(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

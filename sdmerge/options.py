@@ -26,6 +26,8 @@ OUTPUT_TYPES: dict[str, DType | None] = {
     "fp8_e5m2": DType.F8_E5M2,
 }
 """Names of the output types; ``keep`` takes each tensor's type from A."""
+RECIPE_OPTIONS = ("dtype", "missing", "ema", "overflow", "allow_nonfinite", "vae", "family")
+"""What decides about the output's bytes, so that it belongs into a recipe; all else is the machine's and the user's."""
 
 
 class OptionFields(TypedDict, total=False):

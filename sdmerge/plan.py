@@ -1,11 +1,14 @@
-"""From models and a method to a `Plan`: every tensor of the output decided, from headers alone."""
+"""From a recipe and open models to a `Plan`: every tensor of the output decided, from headers alone."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sdmerge import policy
+from sdmerge.errors import FamilyError
+from sdmerge.expression import Call, Leaf
+from sdmerge.recipe import Model, leaves
 from sdmerge.step import Plan, Read, Step, ordered
 
 if TYPE_CHECKING:
@@ -13,23 +16,19 @@ if TYPE_CHECKING:
 
     from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
-    from sdmerge.method import Method
+    from sdmerge.blocks import Table
     from sdmerge.options import Options
+    from sdmerge.recipe import Merge, Recipe
+
+    Opened = tuple[TensorSource, Detection]
 
 
-def plan_merge(
-    method: Method,
-    values: Mapping[str, Any],
-    models: Sequence[tuple[TensorSource, Detection]],
-    vae: tuple[TensorSource, Detection] | None,
-    options: Options,
-) -> Plan:
+def plan_merge(recipe: Recipe, models: Mapping[str, Opened], vae: Opened | None, options: Options) -> Plan:
     """Decide about every tensor of a merge.
 
     Args:
-        method: what to do with tensors that all models have.
-        values: its parameters, checked and complete.
-        models: A first.
+        recipe: what to do with tensors that all models have.
+        models: the recipe's inputs, by name.
         vae: a file whose VAE replaces A's.
         options: the policies.
 
@@ -37,25 +36,24 @@ def plan_merge(
         SdmergeError: the models do not fit together; nothing has been written.
     """
     notes = policy.Notes()
-    views = [policy.view(policy.LABELS[i], source, seen, options, notes) for i, (source, seen) in enumerate(models)]
-    policy.check_together(views, options, notes)
-    compute = partial(method.function, **values)
+    views = {name: policy.view(name, *models[name], options, notes) for name in recipe.ids}
+    in_order = tuple(views.values())
+    policy.check_together(in_order, options, notes)
+    first = in_order[0]
+    build = _Builder(views, _table(recipe, first.detection, options), options, notes)
     steps: dict[str, Step] = {}
-    first = views[0]
     for name in first.tensors:
-        reads = [one.tensors.get(name) for one in views]
-        step = policy.merge_step(name, reads, compute, method, options, notes)
+        step = build.step(name, recipe.merge)
         if step is not None:
             steps[name] = step
-    _note_extras(views, notes)
-    sources = [source for source, _ in models]
+    _note_extras(in_order, notes)
+    sources = [view.source for view in in_order]
     if vae is not None:
         source, seen = vae
-        steps.update(
-            policy.vae_steps(first.tensors, policy.view("VAE", source, seen, options, notes), first, options, notes)
-        )
+        given = policy.view("VAE", source, seen, options, notes)
+        steps.update(policy.vae_steps(first.tensors, given, first, options, notes))
         sources.append(source)
-    return _finish(steps, tuple(sources), notes, models[0][1], options)
+    return _finish(steps, tuple(sources), notes, first.detection, options)
 
 
 def plan_copy(source: TensorSource, seen: Detection, options: Options) -> Plan:
@@ -72,6 +70,72 @@ def plan_copy(source: TensorSource, seen: Detection, options: Options) -> Plan:
         tensors = policy.view("A", source, seen, options, notes).tensors
     steps = {name: policy.copy_step(name, read, options, notes) for name, read in tensors.items()}
     return _finish(steps, (source,), notes, seen, options)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Turns a recipe into one tensor's expression after the other."""
+
+    views: Mapping[str, policy.View]
+    table: Table | None
+    options: Options
+    notes: policy.Notes
+
+    def step(self, name: str, merge: Merge) -> Step | None:
+        """Decide about one of A's tensors: merge, copy, or leave out (None)."""
+        first = next(iter(self.views.values())).tensors[name]
+        if kept := policy.kept_as_is(name, first, self.options, self.notes):
+            return kept
+        reads: dict[str, Read] = {}
+        made = self._expression(name, merge, reads)
+        if made is None:
+            return None
+        if isinstance(made, Leaf):
+            return policy.copy_step(name, first, self.options, self.notes, why="keep")
+        return policy.merge_step(name, tuple(reads), tuple(reads.values()), made, self.options, self.notes)
+
+    def _expression(self, name: str, node: Model | Merge, reads: dict[str, Read]) -> Leaf | Call | None:
+        """Return what `node` is for one tensor; None where it has no such tensor, as its first model decides."""
+        if isinstance(node, Model):
+            read = self.views[node.id].tensors.get(name)
+            if read is None:
+                return None
+            reads.setdefault(node.id, read)
+            return Leaf(list(reads).index(node.id))
+        before = dict(reads)
+        first = self._expression(name, node.operands[0], reads)
+        if first is None:
+            return None
+        after_first = dict(reads)
+        others = [self._expression(name, operand, reads) for operand in node.operands[1:]]
+        absent = [str(operand) for operand, one in zip(node.operands[1:], others, strict=True) if one is None]
+        if not absent:
+            operands = (first, *(one for one in others if one is not None))
+            return Call(node.method, node.at(name, self.table), name, operands, node.based)
+        mine = self.views[next(leaves(node))].tensors[name]
+        kept = policy.keeps_missing(name, mine, " and ".join(absent), self.options, self.notes)
+        reads.clear()  # what was read for nothing
+        reads.update(after_first if kept else before)
+        return first if kept else None
+
+
+def _table(recipe: Recipe, seen: Detection, options: Options) -> Table | None:
+    """Return the family's blocks where the recipe needs them.
+
+    Raises:
+        FamilyError: it does, and the family is not known.
+        RequestError: it names blocks that the family does not have.
+    """
+    if not recipe.differs:
+        return None
+    from sdmerge.blocks import table
+
+    family = options.family or seen.family
+    if family is None:
+        raise FamilyError("block weights need to know the family, which the first model does not show; give --family")
+    found = table(family)
+    recipe.merge.check_blocks(found)
+    return found
 
 
 def _note_extras(views: Sequence[policy.View], notes: policy.Notes) -> None:

@@ -14,17 +14,15 @@ from sdmerge.errors import FamilyError, MismatchError, RequestError
 from sdmerge.step import Read, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
-    from sdmerge.method import Method
+    from sdmerge.expression import Call
     from sdmerge.options import Options
 
-LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-"""Models are named by letters in messages, as users name them."""
 EMA = "model_ema."
 COMPUTABLE = frozenset({DType.F8_E4M3, DType.F8_E5M2, DType.F16, DType.BF16, DType.F32, DType.F64})
 """Element types that can be merged; all others are copied from A."""
@@ -186,42 +184,32 @@ def reports_extra(name: str) -> bool:
 
 
 def merge_step(
-    name: str,
-    reads: Sequence[Read | None],
-    compute: Callable[..., Tensor],
-    method: Method,
-    options: Options,
-    notes: Notes,
-) -> Step | None:
-    """Decide about one of A's tensors: merge, copy, or leave out (None).
+    name: str, labels: Sequence[str], reads: Sequence[Read], call: Call, options: Options, notes: Notes
+) -> Step:
+    """Return the step that computes one tensor.
 
     Args:
         name: its name.
-        reads: where each model has it; None where it has not. A always has it.
-        compute: the merge, on tensors of one shape.
-        method: what is said about it.
+        labels: which models the reads come from.
+        reads: what is computed on, A's first: its shape and type count.
+        call: the merge.
         options: the policies.
         notes: takes what is decided.
+
+    Raises:
+        MismatchError: the tensors do not fit together.
     """
     first = reads[0]
-    assert first is not None, "A's keys decide"
-    if kept := _kept_as_is(name, first, options, notes):
-        return kept
-    absent = "".join(label for label, read in zip(LABELS, reads, strict=False) if read is None)
-    if absent:
-        return _missing(name, first, absent, options, notes)
-    present = tuple(read for read in reads if read is not None)
     spec = Spec(first.spec.shape, _output_type(first, options, notes))
-    for label, read in zip(LABELS[1:], present[1:], strict=False):
+    for label, read in zip(labels[1:], reads[1:], strict=True):
         if read.spec.dtype not in COMPUTABLE:
             raise MismatchError(f"{read}: is {read.spec} in {label}, a type that cannot be merged (A has {first.spec})")
         if read.spec.dtype != first.spec.dtype and read.scale is None and first.scale is None:
             notes.add(f"{label} holds {read.spec.dtype} where A holds {first.spec.dtype}; computed in float32", name)
-    if len({read.spec.shape for read in present}) > 1:
-        return _shared_channels(name, spec, present, compute, notes)
-    scaled = any(read.scale for read in present)
-    whole = scaled or not method.elementwise
-    return Step(name, spec, present, compute, whole, method.mixed, method.propagates)
+    if len({read.spec.shape for read in reads}) > 1:
+        return _shared_channels(name, spec, reads, call, notes)
+    whole = not call.elementwise or any(read.scale for read in reads)
+    return Step(name, spec, tuple(reads), call, whole, call.propagates)
 
 
 def copy_step(name: str, read: Read, options: Options, notes: Notes, why: str = "copy") -> Step:
@@ -235,11 +223,11 @@ def copy_step(name: str, read: Read, options: Options, notes: Notes, why: str = 
     return Step(name, Spec(read.spec.shape, dtype), (read,), why=why)
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
+def _same(tensors: Sequence[Tensor], _start: int) -> Tensor:
+    return tensors[0]
 
 
-def _kept_as_is(name: str, read: Read, options: Options, notes: Notes) -> Step | None:
+def kept_as_is(name: str, read: Read, options: Options, notes: Notes) -> Step | None:
     """Return the step for a tensor that is never blended, or None."""
     if name.rpartition(".")[2] == "position_ids" and read.spec.dtype in COMPUTABLE:
         notes.add("position_ids were stored as floating numbers and are rebuilt as whole ones", name)
@@ -250,23 +238,26 @@ def _kept_as_is(name: str, read: Read, options: Options, notes: Notes) -> Step |
     return None
 
 
-def _arange(x: Tensor) -> Tensor:
+def _arange(tensors: Sequence[Tensor], _start: int) -> Tensor:
     import torch
 
-    return torch.arange(x.numel()).reshape(x.shape)
+    return torch.arange(tensors[0].numel()).reshape(tensors[0].shape)
 
 
-def _missing(name: str, first: Read, absent: str, options: Options, notes: Notes) -> Step | None:
-    where = " and ".join(absent)
+def keeps_missing(name: str, first: Read, absent: str, options: Options, notes: Notes) -> bool:
+    """Decide about a tensor that some models lack: True keeps A's value, False leaves it out.
+
+    Raises:
+        MismatchError: ``missing="error"``.
+    """
     if options.missing == "error":
         raise MismatchError(
-            f"{first}: is missing in {where}; --missing keep takes A's value, --missing drop leaves it out"
+            f"{first}: is missing in {absent}; --missing keep takes A's value, --missing drop leaves it out"
         )
-    if options.missing == "drop":
-        notes.add(f"missing in {where}, left out", name)
-        return None
-    notes.add(f"missing in {where}, A's value is kept", name)
-    return copy_step(name, first, options, notes, why="keep")
+    kept = options.missing == "keep"
+    what = "A's value is kept" if kept else "left out"
+    notes.add(f"missing in {absent}, {what}", name)
+    return kept
 
 
 def _output_type(first: Read, options: Options, notes: Notes) -> DType:
@@ -278,7 +269,7 @@ def _output_type(first: Read, options: Options, notes: Notes) -> DType:
     return first.spec.dtype
 
 
-def _shared_channels(name: str, spec: Spec, reads: Sequence[Read], method: Callable[..., Tensor], notes: Notes) -> Step:
+def _shared_channels(name: str, spec: Spec, reads: Sequence[Read], call: Call, notes: Notes) -> Step:
     """Merge the input channels that all first convolutions have; A's further ones stay (inpainting 9, pix2pix 8)."""
     shapes = [read.spec.shape for read in reads]
     first_conv = any(name == prefix + conv for prefix in _NARROW_OK for conv in _FIRST_CONVS)
@@ -292,12 +283,13 @@ def _shared_channels(name: str, spec: Spec, reads: Sequence[Read], method: Calla
         f"merged, A's other {shapes[0][1] - shared} are kept",
         name,
     )
-    return Step(name, spec, tuple(reads), partial(_merge_channels, method, shared), whole=True, why="channels")
+    return Step(name, spec, tuple(reads), partial(_merge_channels, call, shared), whole=True, why="channels")
 
 
-def _merge_channels(method: Callable[..., Tensor], shared: int, *tensors: Tensor) -> Tensor:
-    result = tensors[0].clone()
-    result[:, :shared] = method(*(t[:, :shared].contiguous() for t in tensors))
+def _merge_channels(call: Call, shared: int, tensors: Sequence[Tensor], start: int) -> Tensor:
+    merged = call([t[:, :shared].contiguous() for t in tensors], start)
+    result = tensors[0].to(merged.dtype, copy=True)
+    result[:, :shared] = merged
     return result
 
 

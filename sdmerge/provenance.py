@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from sdmerge import hashing
+import sdmerge
+from sdmerge import hashing, recipe_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,9 +22,9 @@ if TYPE_CHECKING:
     from sdformats.positional import InputFile
     from sdformats.tensor import TensorSource
     from sdmerge.options import Options
+    from sdmerge.recipe import Merge, Recipe
     from sdmerge.step import Plan
 
-RECIPE_VERSION = 1
 _SAMPLE = 4096
 _SAMPLES = 16
 _HEAD = 64 << 10
@@ -84,36 +86,19 @@ def describe_inputs(sources: Sequence[TensorSource], labels: Sequence[str], opti
 
 
 def merge_metadata(
-    plan: Plan,
-    method: str,
-    values: Mapping[str, Any],
-    inputs: Sequence[Mapping[str, Any]],
-    options: Options,
-    output: Path,
+    plan: Plan, recipe: Recipe, inputs: Sequence[Mapping[str, Any]], options: Options, output: Path
 ) -> dict[str, str]:
     """Return the metadata of a merge's output; all values are texts, as safetensors wants it."""
-    recipe = {
-        "version": RECIPE_VERSION,
-        "merge": {
-            "method": method,
-            "models": [entry["id"] for entry in inputs if entry["id"] != "VAE"],
-            "parameters": dict(values),
-        },
-        "options": {
-            "dtype": options.dtype,
-            "missing": options.missing,
-            "ema": options.ema,
-            "overflow": options.overflow,
-            "allow_nonfinite": options.allow_nonfinite,
-            "vae": "VAE" if options.vae is not None else None,
-            "family": options.family,
-        },
-    }
+    import torch
+
+    data = recipe_file.as_data(recipe, asdict(options))
+    made_with = {"sdmerge": sdmerge.__version__, "torch": torch.__version__, "device": options.device}
     return {
         "format": "pt",
-        "sdmerge.recipe": _json(recipe),
+        "sdmerge.recipe": _json(data),
         "sdmerge.inputs": _json(list(inputs)),
-        "sd_merge_recipe": _json(_a1111_recipe(method, values, inputs, options, output)),
+        "sdmerge.made_with": _json(made_with),
+        "sd_merge_recipe": _json(_a1111_recipe(recipe.merge, inputs, options, output)),
         "sd_merge_models": _json(_a1111_models(plan, inputs)),
         **_modelspec(plan, inputs, output),
     }
@@ -135,19 +120,17 @@ def _hash_of(entry: Mapping[str, Any]) -> str:
 
 
 def _a1111_recipe(
-    method: str, values: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]], options: Options, output: Path
+    merge: Merge, inputs: Sequence[Mapping[str, Any]], options: Options, output: Path
 ) -> dict[str, Any]:
     models = [_hash_of(entry) for entry in inputs if entry["id"] != "VAE"]
-    weights = values.get("weights")
+    alpha = merge.values.get("alpha", merge.values.get("weights"))
     return {
         "type": "sdmerge",
         "primary_model_hash": models[0],
         "secondary_model_hash": models[1] if len(models) > 1 else None,
         "tertiary_model_hash": models[2] if len(models) > 2 else None,
-        "interp_method": _A1111_NAMES.get(method, method),
-        "multiplier": values["alpha"]
-        if "alpha" in values
-        else (weights[1] if weights and len(weights) == 2 else weights),
+        "interp_method": _A1111_NAMES.get(merge.method.name, merge.method.name),
+        "multiplier": None if merge.differs else alpha,
         "save_as_half": options.dtype == "fp16",
         "custom_name": output.stem,
         "bake_in_vae": next((entry["name"] for entry in inputs if entry["id"] == "VAE"), "None"),

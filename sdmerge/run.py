@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
@@ -24,11 +24,13 @@ from sdmerge import worker
 from sdmerge.errors import NonFiniteInput, OutputOverflow, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from sdformats.tensor import TensorSink
     from sdmerge.options import Options
     from sdmerge.step import Plan, Read, Step
+
+    Output = tuple[Plan, TensorSink]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _MAX_THREADS = 8
@@ -42,12 +44,11 @@ class Findings:
     overflowed: Counter[str] = field(default_factory=Counter)
 
 
-def run(plan: Plan, sink: TensorSink, options: Options, progress: Callable[[int], None]) -> Findings:
-    """Read, compute and write every step of `plan`. The caller commits the sink.
+def run(outputs: Sequence[Output], options: Options, progress: Callable[[int], None]) -> Findings:
+    """Read, compute and write every step of one plan, or of several over the same inputs. The caller commits the sinks.
 
     Args:
-        plan: what to do.
-        sink: laid out for `plan.specs`.
+        outputs: plans, each with a sink laid out for its specs. What they read alike is read once.
         options: device, threads, and what to accept.
         progress: called from this thread with the number of bytes read and written since the last call.
 
@@ -56,7 +57,7 @@ def run(plan: Plan, sink: TensorSink, options: Options, progress: Callable[[int]
         FormatError: an input cannot be read, or the output not written.
     """
     keep_freed_memory()
-    job = Job(plan, sink, options)
+    job = Job(outputs, options)
     intra_op = torch.get_num_threads()
     torch.set_num_threads(1)  # parallel over blocks: one thread each, the same bytes for any number of them
     count = options.threads or min(_MAX_THREADS, available_cores())
@@ -100,14 +101,20 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def pick_device(options: Options) -> torch.device:
-    """Return the device to compute on. Streaming merges are bound by reading and writing: ``auto`` is the CPU for them.
+def pick_device(options: Options, plans: Sequence[Plan] = ()) -> torch.device:
+    """Return the device to compute on.
+
+    ``auto`` is a rule: merges in blocks are bound by reading and writing, and a trip over the bus would only lengthen
+    them, so they stay on the CPU; where more than half of the bytes need whole tensors (spectra, sorted magnitudes,
+    decompositions: arithmetic, not reading) a GPU is taken if there is one.
 
     Raises:
         RequestError: the device does not exist here.
     """
     if options.device == "auto":
-        return torch.device("cpu")
+        heavy = sum(step.cost for plan in plans for step in plan.steps if step.whole)
+        pays = 2 * heavy > sum(plan.cost for plan in plans)
+        return torch.device("cuda" if pays and torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(options.device)
     except RuntimeError as error:
@@ -122,16 +129,16 @@ def pick_device(options: Options) -> torch.device:
 class Job:
     """What the workers share."""
 
-    def __init__(self, plan: Plan, sink: TensorSink, options: Options) -> None:
-        self.sink = sink
+    def __init__(self, outputs: Sequence[Output], options: Options) -> None:
         self.options = options
-        self.device = pick_device(options)
+        self.device = pick_device(options, [plan for plan, _ in outputs])
         self.findings = Findings()
         self.stop = threading.Event()
         self.error: BaseException | None = None
-        self.whole = threading.Lock()  # one whole tensor at a time bounds the memory
+        groups = _groups(outputs)
+        self.room = _Room(max((group[0].step.memory for group in groups if group[0].step.whole), default=0))
         self._lock = threading.Lock()
-        self._blocks = _blocks(plan)
+        self._blocks = _blocks(groups)
         self._done = 0
 
     def work(self) -> None:
@@ -189,11 +196,50 @@ class Job:
             self.findings.overflowed[step.name] += bad
 
 
-def _blocks(plan: Plan) -> Iterator[tuple[Step, int, int]]:
-    for step in plan.steps:
+class _Room:
+    """Bounds the memory of whole tensors: as many at a time as take no more than the largest one. First come, first served."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def __call__(self, size: int) -> Iterator[None]:
+        ticket = object()
+        with self._changed:
+            self._waiting.append(ticket)
+            self._changed.wait_for(
+                lambda: self._waiting[0] is ticket and (not self._used or self._used + size <= self._limit)
+            )
+            self._waiting.popleft()
+            self._used += size
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size
+                self._changed.notify_all()
+
+
+def _groups(outputs: Sequence[Output]) -> list[worker.Group]:
+    """Put steps together that read the same: one for each output, in the order of the first plan."""
+    found: dict[tuple[str, tuple[Read, ...], bool, bool], list[worker.Target]] = {}
+    for plan, sink in outputs:
+        for step in plan.steps:
+            key = (step.name, step.reads, step.whole, step.compute is None)
+            found.setdefault(key, []).append(worker.Target(step, sink))
+    return [tuple(group) for group in found.values()]
+
+
+def _blocks(groups: Sequence[worker.Group]) -> Iterator[tuple[worker.Group, int, int]]:
+    for group in groups:
+        step = group[0].step
         count = step.spec.numel
         if step.whole:
-            yield step, 0, count
+            yield group, 0, count
             continue
         for start in range(0, count, worker.BLOCK):
-            yield step, start, min(worker.BLOCK, count - start)
+            yield group, start, min(worker.BLOCK, count - start)

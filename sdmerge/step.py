@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -42,19 +42,18 @@ class Step:
         name: its name there.
         spec: its shape and type there.
         reads: what it is made from. Their shapes equal the output's unless `whole`.
-        compute: takes the reads as float32 (float64 where one is stored so), and returns the result in that type, to be
-            rounded once; a method on blocks, or on whole tensors where `whole`. None: the first read is copied.
-        whole: `compute` needs whole tensors.
-        mixed, propagates: see `Method`; whole tensors are always widened.
+        compute: takes the reads as stored (fp8 with a factor as float32) and the index of the block's first element, and
+            returns the result in float32 or float64, to be rounded once. None: the first read is copied.
+        whole: `compute` needs whole tensors; otherwise it is given blocks, flattened.
+        propagates: see `Method`.
         why: what a dry run says about it.
     """
 
     name: str
     spec: Spec
     reads: tuple[Read, ...]
-    compute: Callable[..., Tensor] | None = None
+    compute: Callable[[Sequence[Tensor], int], Tensor] | None = None
     whole: bool = False
-    mixed: bool = False
     propagates: bool = False
     why: str = "merge"
 
@@ -62,6 +61,11 @@ class Step:
     def cost(self) -> int:
         """Bytes read and written."""
         return self.spec.nbytes + sum(read.spec.nbytes for read in self.reads)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that computing it as a whole takes, roughly: the tensors as stored, and two of them in float32."""
+        return self.cost + 8 * self.spec.numel
 
 
 @dataclass(frozen=True)

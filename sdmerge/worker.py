@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +12,28 @@ from sdkernels import cast
 from sdmerge.dtypes import TORCH
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sdformats.tensor import TensorSink
     from sdmerge.run import Job
     from sdmerge.step import Read, Step
 
 BLOCK = 1 << 18
 """Elements in a block: a few buffers of this size stay in a core's cache, and the cost of a call is spread thin."""
 _WIDEST = 8
+_SMALLEST = 1 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A step, and the sink that takes its tensor."""
+
+    step: Step
+    sink: TensorSink
+
+
+Group = tuple[Target, ...]
+"""Steps that are made from the same reads: one for each output."""
 
 
 class _Buffer:
@@ -34,8 +51,9 @@ class _Buffer:
 class _Prepared:
     """What does not change between the blocks of a step: looked up once."""
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    def __init__(self, target: Target) -> None:
+        step = self.step = target.step
+        self.write = target.sink.write
         self.reads = [(read.source.read_into, read.key, read.spec.dtype.bits) for read in step.reads]
         self.types = [TORCH.get(read.spec.dtype, torch.uint8) for read in step.reads]
         self.bits = step.spec.dtype.bits
@@ -51,63 +69,64 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._sink = job.sink
         self._saturate = job.options.overflow == "saturate"
         self._pinned = job.device.type == "cuda"
         self._stream = torch.cuda.Stream(job.device) if self._pinned else None  # type: ignore[no-untyped-call]
         self._inputs: list[_Buffer] = []
         self._output = _Buffer(pinned=self._pinned)
-        self._prepared: _Prepared | None = None
+        self._prepared: tuple[_Prepared, ...] = ()
 
-    def do(self, step: Step, start: int, count: int) -> int:
-        """Read, compute and write one block, or one whole tensor; return the number of bytes moved."""
-        if step.whole:
-            with self._job.whole:
-                self._whole(step)
-            return step.cost
-        prepared = self._prepared
-        if prepared is None or prepared.step is not step:
-            prepared = self._prepared = _Prepared(step)
-        if prepared.copies:
-            self._copy(prepared, start, count)
+    def do(self, group: Group, start: int, count: int) -> int:
+        """Read once, then compute and write one block, or one whole tensor, for each output; return the bytes moved."""
+        first = group[0].step
+        if first.whole:
+            with self._job.room(first.memory):
+                self._whole(group)
+            return sum(target.step.cost for target in group)
+        if not self._prepared or self._prepared[0].step is not first:
+            self._prepared = tuple(_Prepared(target) for target in group)
+        lead = self._prepared[0]
+        if lead.copies:
+            self._copy(lead, start, count)
         elif self._stream is None:
-            self._blockwise(prepared, start, count)
+            self._blockwise(start, count)
         else:
             with torch.cuda.stream(self._stream):
-                self._blockwise(prepared, start, count)
-        return count * prepared.moved // 8
+                self._blockwise(start, count)
+        return sum(count * one.moved // 8 for one in self._prepared)
 
-    def _copy(self, this: _Prepared, start: int, count: int) -> None:
+    def _copy(self, lead: _Prepared, start: int, count: int) -> None:
         offset, nbytes = (
-            start * this.bits // 8,
-            count * this.bits // 8,
+            start * lead.bits // 8,
+            count * lead.bits // 8,
         )  # blocks of whole bytes: BLOCK is a multiple of 8
-        data, values = self._output.window(nbytes, this.type)
-        read_into, key, _ = this.reads[0]
+        data, values = self._output.window(nbytes, lead.type)
+        read_into, key, _ = lead.reads[0]
         read_into(key, offset, data)
-        if this.checked:
-            wide = values.to(this.wide)
-            if not bounded(wide, this.wide):
-                self._job.count_nonfinite(this.step.reads[0], wide)
-        self._sink.write(this.step.name, offset, data)
+        if lead.checked:
+            wide = values.to(lead.wide)
+            if not bounded(wide, lead.wide):
+                self._job.count_nonfinite(lead.step.reads[0], wide)
+        for one in self._prepared:
+            one.write(one.step.name, offset, data)
 
-    def _blockwise(self, this: _Prepared, start: int, count: int) -> None:
-        step = this.step
-        values = self._read_block(this, start, count)
-        result = step.compute(*values) if step.compute is not None else values[0].to(this.wide)
-        self._check(step, values, result, this.type)
-        offset = start * this.bits // 8
-        data, out = self._output.window(count * this.bits // 8, this.type)
-        if self._stream is None:
-            cast.narrow(result, out, saturate=self._saturate)
-        else:
-            rounded = torch.empty(count, dtype=this.type, device=result.device)
-            out.copy_(cast.narrow(result, rounded, saturate=self._saturate), non_blocking=True)
-            self._stream.synchronize()
-        self._sink.write(step.name, offset, data)
+    def _blockwise(self, start: int, count: int) -> None:
+        lead = self._prepared[0]
+        values = self._read_block(lead, start, count)
+        for one in self._prepared:
+            result = computed(one.step, values, start) if one.step.compute is not None else values[0].to(lead.wide)
+            self._check(one.step, values, result, one.type)
+            data, out = self._output.window(count * one.bits // 8, one.type)
+            if self._stream is None:
+                cast.narrow(result, out, saturate=self._saturate)
+            else:
+                rounded = torch.empty(count, dtype=one.type, device=result.device)
+                out.copy_(cast.narrow(result, rounded, saturate=self._saturate), non_blocking=True)
+                self._stream.synchronize()
+            one.write(one.step.name, start * one.bits // 8, data)
 
     def _read_block(self, this: _Prepared, start: int, count: int) -> list[Tensor]:
-        """Return one block of each input: as stored for a mixed step, else in the type to compute in."""
+        """Return one block of each input, as stored."""
         while len(self._inputs) < len(this.reads):
             self._inputs.append(_Buffer(pinned=self._pinned))
         values = []
@@ -116,23 +135,25 @@ class Worker:
             read_into(key, start * bits // 8, data)
             if self._stream is not None:
                 value = value.to(self._job.device, non_blocking=True)
-            values.append(value if this.step.mixed else value.to(this.wide))
+            values.append(value)
         return values
 
-    def _whole(self, step: Step) -> None:
+    def _whole(self, group: Group) -> None:
         """Whole tensors, scaled where they are fp8 with a factor. Memory is what the tensors take."""
-        values = [whole(read).to(self._job.device) for read in step.reads]
-        assert step.compute is not None, "only a computation needs whole tensors"
-        result = step.compute(*values)
-        dtype = TORCH[step.spec.dtype]
-        out = torch.empty(step.spec.shape, dtype=dtype)
-        if step.spec.dtype.is_float:
-            self._check(step, values, result, dtype)
-            cast.narrow(result.cpu(), out, saturate=self._saturate)
-        else:
-            out.copy_(result)
-        if step.spec.nbytes:
-            self._sink.write(step.name, 0, as_bytes(out))
+        values = [whole(read).to(self._job.device) for read in group[0].step.reads]
+        for target in group:
+            step = target.step
+            result = computed(step, values, 0)
+            dtype = TORCH[step.spec.dtype]
+            out = torch.empty(step.spec.shape, dtype=dtype)
+            if step.spec.dtype.is_float:
+                self._check(step, values, result, dtype)
+                cast.narrow(result.cpu(), out, saturate=self._saturate)
+            else:
+                out.copy_(result)
+            del result
+            if step.spec.nbytes:
+                target.sink.write(step.name, 0, as_bytes(out))
 
     def _check(self, step: Step, values: list[Tensor], result: Tensor, dtype: torch.dtype) -> None:
         """Look for NaN, infinity and overflow: one cheap reduction where all is well."""
@@ -146,17 +167,39 @@ class Worker:
             self._job.count_overflow(step, result, dtype, finite=not bad)
 
 
+def computed(step: Step, values: Sequence[Tensor], start: int) -> Tensor:
+    """Compute a step; where memory runs out, in halves, and a whole tensor on the CPU.
+
+    Raises:
+        torch.OutOfMemoryError: even that is too much.
+    """
+    assert step.compute is not None, "a copy is not computed"
+    try:
+        return step.compute(values, start)
+    except torch.OutOfMemoryError:
+        if step.whole:
+            if values[0].device.type == "cpu":
+                raise
+            return step.compute([value.cpu() for value in values], start)
+        count = values[0].numel()
+        if count <= _SMALLEST:
+            raise
+        half = count // 2
+        parts = [slice(0, half), slice(half, count)]
+        return torch.cat([computed(step, [value[part] for value in values], start + part.start) for part in parts])
+
+
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor, writable, as bytes."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def whole(read: Read) -> Tensor:
-    """Return one tensor, widened to float32 (float64 stays), times its factor where it has one."""
+    """Return one tensor as stored; in float32, times its factor, where it has one."""
     values = _stored(read, read.key).reshape(read.spec.shape)
-    values = values.to(cast.accumulator(values.dtype))
     if read.scale is None:
         return values
+    values = values.float()
     factor = _stored(read, read.scale).float()
     return values * (factor if factor.numel() == 1 else factor.reshape(-1, *[1] * (values.dim() - 1)))
 

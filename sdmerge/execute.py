@@ -1,0 +1,218 @@
+"""Carry out recipes and conversions: open, plan, check, run, report. Every command that writes a model comes here."""
+
+from __future__ import annotations
+
+import gc
+import time
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdformats.errors import OutputExists
+from sdformats.files import create_sink, open_source
+from sdformats.layout import detect
+from sdmerge import hashing, provenance
+from sdmerge.errors import MismatchError, RequestError
+from sdmerge.plan import plan_copy, plan_merge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from sdformats.layout import Detection
+    from sdformats.tensor import TensorSource
+    from sdmerge.options import Options
+    from sdmerge.recipe import Recipe
+    from sdmerge.step import Plan
+
+    Opened = tuple[TensorSource, Detection]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done.
+
+    Attributes:
+        output: the file written (or that would be, in a dry run).
+        written: whether it was.
+        nbytes: bytes of all its tensors.
+        counts: how many tensors were merged, copied, kept for lack of a partner, and so on.
+        notes: what was decided on the way, one line each.
+        nonfinite, overflowed: accepted faults, elements by tensor.
+        seconds: wall time.
+    """
+
+    output: Path
+    written: bool
+    nbytes: int
+    tensors: int
+    counts: Mapping[str, int]
+    family: str | None
+    notes: tuple[str, ...]
+    seconds: float
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    overflowed: Mapping[str, int] = field(default_factory=dict)
+
+
+def execute(recipes: Sequence[Recipe], targets: Sequence[Path], options: Options) -> list[Report]:
+    """Carry out recipes over the same inputs, which are read once, and write one output for each.
+
+    Args:
+        recipes: at least one; all name the same inputs.
+        targets: where to write, one for each.
+        options: for all of them.
+
+    Raises:
+        sdformats.errors.FormatError: a file cannot be read or written.
+        sdmerge.errors.SdmergeError: the request cannot be fulfilled.
+    """
+    started = time.perf_counter()
+    first = recipes[0]
+    if len(set(targets)) < len(targets):
+        raise RequestError(f"{targets[0]}: two outputs would have one name")
+    with ExitStack() as stack:
+        with _no_collection():
+            opened = {name: open_model(stack, first.inputs[name].path, options) for name in first.ids}
+            vae = open_model(stack, Path(options.vae), options) if options.vae is not None else None
+            plans = [plan_merge(recipe, opened, vae, options) for recipe in recipes]
+        for plan, target in zip(plans, targets, strict=True):
+            _check_output(target, plan, options)
+        check_sha256(first, opened)
+        if options.dry_run:
+            return [_report(plan, target, started) for plan, target in zip(plans, targets, strict=True)]
+        inputs = provenance.describe_inputs(plans[0].sources, [*first.ids, *(["VAE"] if vae else [])], options)
+        metadata = [
+            provenance.merge_metadata(plan, recipe, inputs, options, target)
+            for plan, recipe, target in zip(plans, recipes, targets, strict=True)
+        ]
+        return _write(plans, metadata, targets, options, started, "merging")
+
+
+def copy(source: Path, target: Path, options: Options) -> Report:
+    """Write a model's tensors, under their names, as safetensors. Errors as `execute`."""
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        with _no_collection():
+            opened, seen = open_model(stack, source, options)
+            plan = plan_copy(opened, seen, options)
+        _check_output(target, plan, options)
+        if options.dry_run:
+            return _report(plan, target, started)
+        metadata = provenance.convert_metadata(opened)
+        return _write([plan], [metadata], [target], options, started, "converting")[0]
+
+
+def check_sha256(recipe: Recipe, opened: Mapping[str, Opened]) -> None:
+    """Refuse inputs that are not what the recipe says.
+
+    Raises:
+        MismatchError: a file's sha256 is another.
+        RequestError: a sha256 for a folder.
+    """
+    for name in recipe.ids:
+        expected = recipe.inputs[name].sha256
+        if expected is None:
+            continue
+        source = opened[name][0]
+        if len(source.files) != 1:
+            raise RequestError(f"{source.path}: has {len(source.files)} files and no sha256 of its own; leave it out")
+        found = hashing.sha256(source.files[0])
+        if found != expected:
+            raise MismatchError(f"{source.path}: its sha256 is {found} (the recipe expects {expected})")
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from walking all of torch because some thousand headers were read (0.1 s each time)."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def open_model(stack: ExitStack, path: Path, options: Options) -> Opened:
+    """Open a model for as long as `stack` lives, and see what it is."""
+    source = stack.enter_context(open_source(path))
+    return source, detect(source.specs, family=options.family)
+
+
+def _check_output(target: Path, plan: Plan, options: Options) -> None:
+    """Refuse early what the sink would refuse late, and an output that is also an input."""
+    folder = plan.sources[0].container == "folder"
+    if not folder and target.suffix != ".safetensors":
+        raise RequestError(f"{target}: outputs are safetensors files (expected a name that ends in .safetensors)")
+    try:
+        there = target.stat()
+    except OSError:
+        return
+    if options.overwrite:
+        return
+    for source in plan.sources:
+        for file in source.files:
+            if (file.identity.device, file.identity.inode) == (there.st_dev, there.st_ino):
+                raise OutputExists(
+                    f"is the input {file.path}",
+                    path=target,
+                    advice="choose another name, or --overwrite to replace it when done",
+                )
+    raise OutputExists("exists already", path=target, advice="pass --overwrite, or choose another name")
+
+
+def shown(options: Options, label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Return a context that yields what takes bytes done: the user's progress, or nothing."""
+    if options.progress is None:
+        return nullcontext(lambda _done: None)
+    return options.progress(label, total)
+
+
+def _write(
+    plans: Sequence[Plan],
+    metadata: Sequence[Mapping[str, str]],
+    targets: Sequence[Path],
+    options: Options,
+    started: float,
+    label: str,
+) -> list[Report]:
+    from sdmerge.run import run
+
+    with ExitStack() as stack:
+        outputs = []
+        for plan, texts, target in zip(plans, metadata, targets, strict=True):
+            sink = create_sink(target, plan.specs, texts, like=plan.sources[0], overwrite=options.overwrite)
+            outputs.append((plan, stack.enter_context(sink)))
+        with shown(options, label, sum(plan.cost for plan in plans)) as advance:
+            findings = run(outputs, options, advance)
+        for source in plans[0].sources:
+            source.verify()
+    return [
+        _report(plan, target, started, findings.nonfinite, findings.overflowed)
+        for plan, target in zip(plans, targets, strict=True)
+    ]
+
+
+def _report(
+    plan: Plan,
+    target: Path,
+    started: float,
+    nonfinite: Mapping[str, int] | None = None,
+    overflowed: Mapping[str, int] | None = None,
+) -> Report:
+    counts: dict[str, int] = {}
+    for step in plan.steps:
+        counts[step.why] = counts.get(step.why, 0) + 1
+    return Report(
+        output=target,
+        written=nonfinite is not None,
+        nbytes=sum(spec.nbytes for spec in plan.specs.values()),
+        tensors=len(plan.specs),
+        counts=counts,
+        family=plan.family,
+        notes=plan.notes,
+        seconds=time.perf_counter() - started,
+        nonfinite=dict(nonfinite or {}),
+        overflowed=dict(overflowed or {}),
+    )

@@ -1,0 +1,77 @@
+"""What is computed for one tensor of the output: a tree of method calls over the tensors that were read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import sdkernels
+from sdmerge.method import Place
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from sdmerge.method import Method
+
+    Expression = "Leaf | Call"
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A tensor as it was read: the `index`-th of the step's reads."""
+
+    index: int
+
+    elementwise = True
+    propagates = True
+
+    def __call__(self, tensors: Sequence[Tensor], start: int) -> Tensor:
+        """Return it as stored."""
+        return tensors[self.index]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A method, called on what its operands give. Between nested calls nothing is rounded to a storage type.
+
+    Attributes:
+        values: the parameters' values for this tensor.
+        name: the tensor's name in the output.
+        operands: the models, and the base model last where `based`.
+    """
+
+    method: Method
+    values: Mapping[str, Any]
+    name: str
+    operands: tuple[Leaf | Call, ...]
+    based: bool
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether blocks are enough for it and everything below it."""
+        return self.method.elementwise and all(operand.elementwise for operand in self.operands)
+
+    @property
+    def propagates(self) -> bool:
+        """Whether NaN or infinity in any of its inputs shows in its result."""
+        return self.method.propagates and all(operand.propagates for operand in self.operands)
+
+    def __call__(self, tensors: Sequence[Tensor], start: int) -> Tensor:
+        """Compute it.
+
+        Args:
+            tensors: the step's reads, as stored: whole, or the same block of each.
+            start: index of the block's first element; 0 for whole tensors.
+        """
+        given = [operand(tensors, start) for operand in self.operands]
+        if not self.method.mixed:
+            wide = sdkernels.cast.accumulator(*(x.dtype for x in given))
+            given = [x.to(wide) for x in given]
+        extra = dict(self.values)
+        if self.based:
+            extra["base"] = given.pop()
+        if self.method.takes_place:
+            extra["place"] = Place(self.name, start)
+        return self.method.function(*given, **extra)
