@@ -63,7 +63,8 @@ def ties(
 
     Of n elements k = max(1, ⌊density · n⌋) are kept: all whose |Δ| is at least the k-th largest, so where several tie
     there (usual with fp16 models) all of them stay. mergekit and others keep exactly k, and which of the tied ones is left
-    to the sort. Density 0 keeps nothing, 1 everything. An element that no model changed is the base's.
+    to the sort. Density 0 keeps nothing, 1 everything. An election that is even goes to +, as in mergekit. An element that
+    no model changed is the base's.
 
     Formula: base + λ Σ wᵢ Δᵢ / Σ wᵢ, over the models whose trimmed wᵢ Δᵢ has the elected sign
     Source: Yadav et al. 2023, "TIES-merging: resolving interference when merging models"; mergekit (ties)
