@@ -111,14 +111,14 @@ class Parameter:
         if isinstance(value, Varying) and self.kind is not tuple:
             self._check_varying(value)
             return value
-        fits = {
+        judges: dict[type, Callable[[], bool]] = {
             bool: lambda: isinstance(value, bool),
             str: lambda: isinstance(value, str) and (not self.param.choices or value in self.param.choices),
             int: lambda: isinstance(value, int) and self._holds(value),
             float: lambda: self._holds(value),
             tuple: lambda: all(isinstance(one, Varying) or self._holds(one) for one in _numbers(value)),
-        }[self.kind]
-        if not fits():
+        }
+        if not judges[self.kind]():
             near = nearest(value, self.param.choices) if isinstance(value, str) else ""
             raise RequestError(f"{self.name} is {value!r} (expected {self.expects}){near}")
         if self.kind is float:
@@ -197,7 +197,7 @@ class Method:
     def _said(self, mark: str) -> str:
         """Return the paragraph that begins with `mark`, or the lines up to the next mark, on one line."""
         _, found, rest = (inspect.getdoc(self.function) or "").partition("\n" + mark)
-        lines = []
+        lines: list[str] = []
         for line in rest.splitlines() if found else ():
             if lines and (not line.strip() or line.startswith(("Formula:", "Source:", "Args:"))):
                 break
@@ -310,4 +310,3 @@ def _parameter(name: str, found: inspect.Parameter) -> Parameter:
 
 def _numbers(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, tuple | list) else (value,)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from sdmerge.recipe import Model, leaves
 from sdmerge.step import Plan, Read, Step, ordered
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from sdmerge.recipe import Merge, Recipe
 
     Opened = tuple[TensorSource, Detection]
+
+_JOINT = re.compile(r"(?:joint_blocks|(?<!single_)transformer_blocks)\.(\d{1,3})\.")
 
 
 def plan_merge(recipe: Recipe, models: Mapping[str, Opened], vae: Opened | None, options: Options) -> Plan:
@@ -40,7 +43,8 @@ def plan_merge(recipe: Recipe, models: Mapping[str, Opened], vae: Opened | None,
     in_order = tuple(views.values())
     policy.check_together(in_order, options, notes)
     first = in_order[0]
-    build = _Builder(views, _table(recipe, first.detection, options), options, notes)
+    blocks = _table(recipe, first, options, notes)
+    build = _Builder(views, blocks, options, notes)
     steps: dict[str, Step] = {}
     for name in first.tensors:
         step = build.step(name, recipe.merge)
@@ -119,7 +123,7 @@ class _Builder:
         return first if kept else None
 
 
-def _table(recipe: Recipe, seen: Detection, options: Options) -> Table | None:
+def _table(recipe: Recipe, first: policy.View, options: Options, notes: policy.Notes) -> Table | None:
     """Return the family's blocks where the recipe needs them.
 
     Raises:
@@ -130,12 +134,19 @@ def _table(recipe: Recipe, seen: Detection, options: Options) -> Table | None:
         return None
     from sdmerge.blocks import table
 
-    family = options.family or seen.family
+    family = options.family or first.detection.family
     if family is None:
         raise FamilyError("block weights need to know the family, which the first model does not show; give --family")
-    found = table(family)
-    recipe.merge.check_blocks(found)
+    found = table(family, _depth(first.tensors))
+    for note in recipe.merge.check_blocks(found):
+        notes.add(note)
     return found
+
+
+def _depth(names: Iterable[str]) -> int | None:
+    """Return how many joint blocks the network has; None where it has none."""
+    found = [int(match[1]) for name in names if (match := _JOINT.search(name))]
+    return max(found) + 1 if found else None
 
 
 def _note_extras(views: Sequence[policy.View], notes: policy.Notes) -> None:

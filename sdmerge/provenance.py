@@ -119,9 +119,7 @@ def _hash_of(entry: Mapping[str, Any]) -> str:
     return sha if isinstance(sha, str) else str(entry["fingerprint"])
 
 
-def _a1111_recipe(
-    merge: Merge, inputs: Sequence[Mapping[str, Any]], options: Options, output: Path
-) -> dict[str, Any]:
+def _a1111_recipe(merge: Merge, inputs: Sequence[Mapping[str, Any]], options: Options, output: Path) -> dict[str, Any]:
     models = [_hash_of(entry) for entry in inputs if entry["id"] != "VAE"]
     alpha = merge.values.get("alpha", merge.values.get("weights"))
     return {

@@ -80,18 +80,19 @@ class Merge:
         """Whether a parameter differs from tensor to tensor."""
         return any(_weights(value) for value in self.values.values())
 
-    def check_blocks(self, table: Table) -> None:
-        """Refuse names of blocks that the family does not have, here and below.
+    def check_blocks(self, table: Table) -> tuple[str, ...]:
+        """Refuse block weights that do not fit the family, here and below; return what is done so that the others do.
 
         Raises:
             RequestError: so it is.
         """
-        for value in self.values.values():
-            for weights in _weights(value):
-                weights.check(table)
-        for operand in self.operands:
-            if isinstance(operand, Merge):
-                operand.check_blocks(table)
+        notes: list[str] = []
+        for node in merges(self):
+            for value in node.values.values():
+                for weights in _weights(value):
+                    weights.check(table)
+                    notes += weights.notes(table)
+        return tuple(notes)
 
     def at(self, name: str, table: Table | None) -> Mapping[str, Any]:
         """Return the parameters' values for the tensor `name`."""

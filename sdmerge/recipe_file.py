@@ -155,7 +155,9 @@ def _weights(parameter: Parameter, raw: Any) -> Any:
 def _fallback(parameter: Parameter) -> float:
     if parameter.kind is float and not parameter.required:
         return float(parameter.default)
-    raise RequestError(f"{parameter.name} has no default for what lies in no block (expected a value beside the blocks)")
+    raise RequestError(
+        f"{parameter.name} has no default for what lies in no block (expected a value beside the blocks)"
+    )
 
 
 class _Reader:
@@ -270,4 +272,3 @@ def _check_keys(what: str, data: Any, known: Iterable[str], needed: Iterable[str
     for key in needed:
         if key not in data:
             raise RequestError(f"{what} lacks {key!r}")
-

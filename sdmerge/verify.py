@@ -61,7 +61,9 @@ class Verdict:
         return not (self.different or self.missing or self.extra)
 
 
-def verify(path: str | os.PathLike[str], *, inputs: str | os.PathLike[str] | None = None, **options: Unpack[OptionFields]) -> Verdict:
+def verify(
+    path: str | os.PathLike[str], *, inputs: str | os.PathLike[str] | None = None, **options: Unpack[OptionFields]
+) -> Verdict:
     """Derive the tensors of a merge again and compare them.
 
     Args:

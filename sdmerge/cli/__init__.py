@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 COMMANDS = {
     "add-diff": ("sdmerge.cli.merge:add_diff", "A + alpha (B - C): give A what B learned over C."),
     "weighted": ("sdmerge.cli.merge:weighted", "Weighted sum of two or more models."),
+    "merge": ("sdmerge.cli.merge:merge", "Merge models by any method; `sdmerge methods` lists them."),
+    "run": ("sdmerge.cli.merge:run", "Carry out a recipe (YAML, or mergekit's)."),
+    "verify": ("sdmerge.cli.verify:verify", "Derive a merge again from its recipe, and compare every byte."),
+    "methods": ("sdmerge.cli.methods:methods", "List the merge methods, or explain one."),
+    "blocks": ("sdmerge.cli.blocks:blocks", "Show which tensors each block of a family holds."),
     "inspect": ("sdmerge.cli.inspect:inspect", "Say what a model file is and holds."),
     "hash": ("sdmerge.cli.hash:hash_command", "Print the hashes by which model files are known."),
     "convert": ("sdmerge.cli.convert:convert", "Write a model as safetensors, names kept."),

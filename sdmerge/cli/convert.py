@@ -17,4 +17,4 @@ def convert(source: str, output: str, as_json: bool, **given: Any) -> None:
     """Write a model as safetensors, names kept."""
     from sdmerge import api
 
-    options.show(api.convert(source, output, **options.api_options(given)), as_json=as_json)
+    options.show([api.convert(source, output, **options.api_options(given))], as_json=as_json)

@@ -82,11 +82,23 @@ def merge(method: str, models: tuple[str, ...], base: str | None, parameters: tu
 @click.command("run")
 @click.argument("recipe", type=click.Path())
 @click.option("-o", "--output", type=click.Path(), help="Where to write, if not where the recipe says.")
-@click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="A value for what the recipe has under set.")
-@click.option("--sweep", "sweeps", multiple=True, metavar="NAME=FROM:TO:STEP", help="Several outputs over one read of the inputs.")
+@click.option(
+    "--set", "changes", multiple=True, metavar="NAME=VALUE", help="A value for what the recipe has under set."
+)
+@click.option(
+    "--sweep", "sweeps", multiple=True, metavar="NAME=FROM:TO:STEP", help="Several outputs over one read of the inputs."
+)
 @options.run_options
 @click.pass_context
-def run(ctx: click.Context, recipe: str, output: str | None, changes: tuple[str, ...], sweeps: tuple[str, ...], **given: Any) -> None:
+def run(
+    ctx: click.Context,
+    /,
+    recipe: str,
+    output: str | None,
+    changes: tuple[str, ...],
+    sweeps: tuple[str, ...],
+    **given: Any,
+) -> None:
     """Carry out a recipe (YAML, or mergekit's)."""
     from sdmerge import api
 

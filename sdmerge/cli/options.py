@@ -10,7 +10,7 @@ from sdmerge.cli import screen
 from sdmerge.options import OUTPUT_TYPES, Ema, Missing, OptionFields, Overflow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sdmerge.api import Report
 
@@ -33,10 +33,8 @@ _OUTPUT = (
     click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output."),
 )  # fmt: skip
 _MERGE = (
-    click.option("-o", "--output", required=True, type=click.Path(), help="The .safetensors file to write."),
     click.option("--missing", type=click.Choice(get_args(Missing)), default="keep", show_default=True,
                  help="A tensor of A that another model lacks: keep A's value, leave it out, or stop."),
-    click.option("--vae", type=click.Path(), help="Take the VAE from this file."),
     click.option("--hash", "hash_inputs", is_flag=True, help="Put the inputs' sha256 into the metadata (reads them once more)."),
 )  # fmt: skip
 
@@ -49,9 +47,18 @@ def output_options(function: F) -> F:
 
 
 def merge_options(function: F) -> F:
-    """Add what every merge has."""
-    function = output_options(function)
-    for option in reversed(_MERGE):
+    """Add what every merge command has."""
+    for option in reversed((*_MERGE, *_OUTPUT)):
+        function = option(function)
+    return click.option("-o", "--output", required=True, type=click.Path(), help="The .safetensors file to write.")(
+        function
+    )
+
+
+def run_options(function: F) -> F:
+    """Add what a recipe can be run with: it may say itself where to write."""
+    vae = click.option("--vae", type=click.Path(), help="Take the VAE from this file.")
+    for option in reversed((*_MERGE, vae, *_OUTPUT)):
         function = option(function)
     return function
 
@@ -68,25 +75,33 @@ def api_options(given: dict[str, Any]) -> OptionFields:
     return fields
 
 
-def show(report: Report, *, as_json: bool) -> None:
-    """Tell what was done and decided: notes first, the result last."""
+def show(reports: Sequence[Report], *, as_json: bool) -> None:
+    """Tell what was done and decided: notes first, the result last. Several outputs make a list in JSON."""
     if as_json:
-        screen.json(
-            {
-                "output": str(report.output),
-                "written": report.written,
-                "bytes": report.nbytes,
-                "tensors": report.tensors,
-                "counts": dict(report.counts),
-                "family": report.family,
-                "notes": list(report.notes),
-                "nonfinite": dict(report.nonfinite),
-                "overflowed": dict(report.overflowed),
-                "seconds": round(report.seconds, 3),
-            }
-        )
+        found = [_as_data(report) for report in reports]
+        screen.json(found[0] if len(found) == 1 else found)
         return
-    for note in report.notes:
+    for i, report in enumerate(reports):
+        _say(report, notes=report.notes if i == 0 or report.notes != reports[0].notes else ())
+
+
+def _as_data(report: Report) -> dict[str, Any]:
+    return {
+        "output": str(report.output),
+        "written": report.written,
+        "bytes": report.nbytes,
+        "tensors": report.tensors,
+        "counts": dict(report.counts),
+        "family": report.family,
+        "notes": list(report.notes),
+        "nonfinite": dict(report.nonfinite),
+        "overflowed": dict(report.overflowed),
+        "seconds": round(report.seconds, 3),
+    }
+
+
+def _say(report: Report, notes: Sequence[str]) -> None:
+    for note in notes:
         screen.say(f"note: {note}")
     for what, found in (("NaN or infinity in", report.nonfinite), ("too large in", report.overflowed)):
         for name, count in found.items():

@@ -110,7 +110,7 @@ def test_wrong_usage_exits_2(models: list[str]) -> None:
         ["frobnicate"],
     ):
         assert sdmerge(*args).returncode == 2, args
-    assert "Did you mean 'weighted'?" in sdmerge("wieghted").stderr
+    assert "did you mean 'weighted'?" in sdmerge("wieghted").stderr
 
 
 def test_bugs_are_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import sdmerge
-from sdmerge import methods
 from sdmerge.errors import RequestError
 from sdmerge.method import METHODS, Param, method
+from sdmerge.methods import linear
 from tests.sdmerge import toys
 
 
@@ -22,28 +22,29 @@ def test_the_signature_says_it_all() -> None:
     found = METHODS["add_difference"]
     assert found.models == ("a", "b", "c")
     assert [(p.name, p.default) for p in found.parameters] == [("alpha", 1.0)]
-    assert not found.takes_base
+    assert (found.base, found.at_least, found.takes_place) == ("no", 3, False)
+    assert found.formula == "A + α (B − C)"
     assert found.elementwise
     assert found.summary.startswith("A + alpha (B - C)")
-    assert METHODS["weighted_sum"].models == ()
+    assert METHODS["linear"].models == ()
 
 
 def test_methods_are_plain_functions() -> None:
     a, b, c = torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([2.0])
-    assert methods.linear.add_difference(a, b, c, alpha=0.5).item() == 1.5
-    assert methods.linear.weighted_sum(a, b, weights=(0.75, 0.25)).item() == 1.5
-    assert methods.linear.weighted_sum(a, b, c, weights=(1.0, 1.0, 1.0)).item() == 6.0
+    assert linear.add_difference(a, b, c, alpha=0.5).item() == 1.5
+    assert linear.linear(a, b, weights=(0.75, 0.25)).item() == 1.5
+    assert linear.linear(a, b, c, weights=(1.0, 1.0, 1.0), normalize=False).item() == 6.0
 
 
 def test_a_weight_of_one_returns_its_model() -> None:
     huge, tiny = torch.tensor([1e20]), torch.tensor([1.0])
-    assert methods.linear.weighted_sum(huge, tiny, weights=(0.0, 1.0)).item() == 1.0
-    assert methods.linear.weighted_sum(tiny, huge, weights=(1.0, 0.0)).item() == 1.0
+    assert linear.linear(huge, tiny, weights=(0.0, 1.0)).item() == 1.0
+    assert linear.linear(tiny, huge, weights=(1.0, 0.0)).item() == 1.0
 
 
 def test_equal_models_give_themselves() -> None:
     x = torch.randn(100, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(methods.linear.weighted_sum(x, x, x, weights=(0.5, 0.3, 0.2)), x)
+    assert torch.equal(linear.linear(x, x, x, weights=(0.5, 0.3, 0.2)), x)
 
 
 @pytest.mark.parametrize(
@@ -53,13 +54,18 @@ def test_equal_models_give_themselves() -> None:
         ("add_difference", 3, {"beta": 1.0}, "no parameter 'beta'"),
         ("add_difference", 3, {"alpha": float("nan")}, "alpha is nan"),
         ("add_difference", 3, {"alpha": "1"}, "alpha is '1'"),
-        ("weighted_sum", 2, {}, "needs a value for weights"),
-        ("weighted_sum", 2, {"weights": (0.5, float("inf"))}, "weights is inf"),
+        ("linear", 2, {"weights": (0.5, float("inf"))}, "weights is .*inf"),
+        ("linear", 3, {"weights": (0.5, 0.5)}, "2 weights for 3 models"),
+        ("weighted_sum", 2, {"alpah": 0.5}, "did you mean 'alpha'"),
     ],
 )
 def test_wrong_requests_are_named(method: str, count: int, values: dict[str, object], says: str) -> None:
-    with pytest.raises(RequestError, match=says):
+    def ask() -> None:
+        METHODS[method].check_models(count, base=False)
         METHODS[method].check(count, values)
+
+    with pytest.raises(RequestError, match=says):
+        ask()
 
 
 def test_the_method_that_contributing_shows_works(tmp_path: Path) -> None:
