@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sdmerge.errors import SdmergeError as SdmergeError
     from sdmerge.inspection import inspect_path as inspect_path
     from sdmerge.options import Options as Options
-    from sdmerge.verify import verify as verify
+    from sdmerge.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -41,7 +41,7 @@ _HOMES = {
     "SdmergeError": "sdmerge.errors",
     "inspect_path": "sdmerge.inspection",
     "Options": "sdmerge.options",
-    "verify": "sdmerge.verify",
+    "verify": "sdmerge.verification",
 }
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - the names above, once
 

@@ -20,9 +20,12 @@ from sdmerge.rules import Rule, parse_rules
 __all__ = ["BASE", "VAE", "Block", "Rule", "Table", "Weights", "parse_blocks", "table"]
 
 _PRESET = "preset:"
+_GRADIENT = "gradient:"
 _COMPONENTS = ("unet", "te", "vae")
 _FIELDS = ("value", *_COMPONENTS, "blocks", "rules")
-_FORMS = "expected a list of weights, preset:NAME, or BLOCK=WEIGHT pairs, as in IN00=0.3,OUT05-OUT08=0.7"
+_FORMS = (
+    "expected a list of weights, preset:NAME, gradient:0,0.5,1 or BLOCK=WEIGHT pairs, as in IN00=0.3,OUT05-OUT08=0.7"
+)
 
 
 def parse_blocks(spec: Any, family: str) -> dict[str, float]:
@@ -31,7 +34,8 @@ def parse_blocks(spec: Any, family: str) -> dict[str, float]:
     Args:
         spec: a list of numbers, or text with commas between them, for all blocks with or without BASE (26 or 25 for SD1,
             SD2 and the SDXL refiner, 20 or 19 for SDXL, which takes 26 or 25 too and lets go what it has no block for, 61
-            for Flux, 24, 25, 38 or 39 for SD3); ``preset:NAME``; pairs ``IN00=0.3,OUT05-OUT08=0.7``, or a mapping of the
+            for Flux, 24, 25, 38 or 39 for SD3); ``preset:NAME``; ``gradient:`` and two numbers or more, between which the
+            network's blocks are interpolated from the first to the last; pairs ``IN00=0.3,OUT05-OUT08=0.7``, or a mapping of the
             same, where the last of several that name a block counts.
         family: one of `sdformats.layout.FAMILIES`.
 
@@ -95,7 +99,7 @@ class Weights:
     def numbers(self) -> tuple[float, ...]:
         """Every value that it can take."""
         if isinstance(self.blocks, str):
-            listed = PRESETS[self.blocks.removeprefix(_PRESET)]
+            listed = _curve(self.blocks)
         else:
             listed = tuple(self.blocks.values()) if isinstance(self.blocks, Mapping) else self.blocks
         plain = (self.value, self.unet, self.te, self.vae)
@@ -152,7 +156,7 @@ class Weights:
 
     def notes(self, table: Table) -> tuple[str, ...]:
         """Say what is done to the weights so that they fit the family."""
-        if isinstance(self.blocks, Mapping):
+        if isinstance(self.blocks, Mapping) or _is_gradient(self.blocks):
             return ()
         count = 26 if isinstance(self.blocks, str) else len(self.blocks)
         gone = [name for name in table.forms.get(count, ()) if name not in table.blocks]
@@ -197,7 +201,7 @@ class Weights:
         if table not in kept:
             listed = _resolved(self.blocks, table)
             if isinstance(self.blocks, str) and self.te is not None:
-                listed.pop(BASE)
+                listed.pop(BASE, None)
             kept[table] = listed
         return kept[table]
 
@@ -213,6 +217,11 @@ def _read(spec: Any) -> Mapping[str, float] | tuple[float, ...] | str:
     text = spec.strip()
     if text.lower().startswith(_PRESET):
         return _PRESET + preset_name(text[len(_PRESET) :])
+    if _is_gradient(text.lower()):
+        points = [_number(part.strip(), "a point of the gradient") for part in text[len(_GRADIENT) :].split(",")]
+        if len(points) < 2:
+            raise RequestError(f"{text!r} has one point (expected two or more, as in gradient:0,0.5,1)")
+        return _GRADIENT + ",".join(map(repr, points))
     parts = re.split(r"\s*[,\n]\s*", text)
     if "=" in text:
         return _pairs([part.partition("=")[::2] for part in parts])
@@ -237,7 +246,9 @@ def _resolved(spec: Mapping[str, float] | tuple[float, ...] | str, table: Table)
     if isinstance(spec, Mapping):
         return {block: weight for word, weight in spec.items() for block in table.expand(word)}
     if isinstance(spec, str):
-        values = PRESETS[spec.removeprefix(_PRESET)]
+        if _is_gradient(spec):
+            return _interpolated(_curve(spec), table)
+        values = _curve(spec)
         if len(values) not in table.forms:
             raise RequestError(
                 f"{spec} is a curve over the blocks of a UNet, which {table.family} has not (expected a list or pairs)"
@@ -249,6 +260,28 @@ def _resolved(spec: Mapping[str, float] | tuple[float, ...] | str, table: Table)
         counts = " or ".join(map(str, table.forms))
         raise RequestError(f"{len(values)} block weights for {table.family} (expected {counts})")
     return {name: weight for name, weight in zip(names, values, strict=True) if name in table.blocks}
+
+
+def _is_gradient(spec: object) -> bool:
+    return isinstance(spec, str) and spec.startswith(_GRADIENT)
+
+
+def _curve(spec: str) -> tuple[float, ...]:
+    """Return a preset's weights, or a gradient's points."""
+    if _is_gradient(spec):
+        return tuple(float(part) for part in spec.removeprefix(_GRADIENT).split(","))
+    return tuple(PRESETS[spec.removeprefix(_PRESET)])
+
+
+def _interpolated(points: tuple[float, ...], table: Table) -> dict[str, float]:
+    """Lay points over the network's blocks at equal distances, straight lines between them."""
+    blocks = [row.name for row in table.rows if row.name != BASE and "unet" in table.components_of(row.name)]
+    found = {}
+    for i, block in enumerate(blocks):
+        at = i * (len(points) - 1) / (len(blocks) - 1)
+        low = min(int(at), len(points) - 2)
+        found[block] = points[low] + (at - low) * (points[low + 1] - points[low])
+    return found
 
 
 def _is_number(text: str) -> bool:

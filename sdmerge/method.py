@@ -120,7 +120,8 @@ class Parameter:
         }
         if not judges[self.kind]():
             near = nearest(value, self.param.choices) if isinstance(value, str) else ""
-            raise RequestError(f"{self.name} is {value!r} (expected {self.expects}){near}")
+            shown = ", ".join(map(str, value)) if isinstance(value, tuple | list) else repr(value)
+            raise RequestError(f"{self.name} is {shown} (expected {self.expects}){near}")
         if self.kind is float:
             return float(value)
         if self.kind is tuple:

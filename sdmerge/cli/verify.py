@@ -18,7 +18,7 @@ from sdmerge.cli import options, screen
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")
 def verify(output: str, inputs: str | None, as_json: bool, **given: Any) -> int:
     """Derive a merge again from its recipe, and compare every byte."""
-    from sdmerge.verify import verify as derive
+    from sdmerge.verification import verify as derive
 
     verdict = derive(output, inputs=inputs, **options.api_options(given))
     if as_json:
