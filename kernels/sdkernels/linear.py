@@ -20,6 +20,7 @@ Term = tuple[float, Tensor] | tuple[float, Tensor, Tensor]
 """``(w, x)`` or ``(w, x, y)``: floating tensors of one shape."""
 
 _TERMS_PER_LAUNCH = 4
+_AT_ONCE = 1 << 18  # a runner's block: smaller spans would stay in the cache as well, and cost more calls
 _BLOCK = 1024
 
 
@@ -42,7 +43,7 @@ def reference(terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
     """
     first = terms[0][1]
     size = span(first)
-    if first.numel() <= size:
+    if first.numel() <= _AT_ONCE:
         return _sum(terms, out)
     flat = {id(x): x.reshape(-1) for _, *tensors in terms for x in tensors}
     result = target(first, accumulator(*_dtypes(terms)), out)
