@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import sdmerge
+from sdmerge import methods as _registered  # noqa: F401 - registers them
+from sdmerge.cli import root
 from sdmerge.errors import RequestError
 from sdmerge.method import METHODS, Param, method
 from sdmerge.methods import linear
@@ -68,17 +69,35 @@ def test_wrong_requests_are_named(method: str, count: int, values: dict[str, obj
         ask()
 
 
-def test_the_method_that_contributing_shows_works(tmp_path: Path) -> None:
+def test_the_method_that_contributing_shows_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     shown = re.search(r"^( +)@method.*?^\1    return .*?$", text, re.MULTILINE | re.DOTALL)
     assert shown is not None
+    assert shown[0].count("\n") < 10
     names: dict[str, Any] = {"method": method, "Param": Param, "Annotated": Annotated}
+    out = tmp_path / "out.safetensors"
     try:
         exec(compile(textwrap.dedent(shown[0]), "CONTRIBUTING.md", "exec", dont_inherit=True), names)
         paths = [toys.saved(tmp_path, str(seed), seed) for seed in range(3)]
-        sdmerge.merge("sum_twice", paths, {"alpha": 1.0, "beta": 0.25}, output=tmp_path / "out.safetensors")
+        given = [*map(str, paths), "-o", str(out), "-p", "alpha=0.75", "--te", "0"]
+        root.main(["merge", "toward_mean", *given], standalone_mode=False)
+        root.main(["verify", str(out)], standalone_mode=False)
+        root.main(["methods", "toward_mean"], standalone_mode=False)
     finally:
-        METHODS.pop("sum_twice", None)
-    got = load_file(tmp_path / "out.safetensors")[toys.TO_K]
-    b, c = (load_file(path)[toys.TO_K].double() for path in paths[1:])
-    assert torch.equal(got, (0.75 * b + 0.25 * c).half())
+        METHODS.pop("toward_mean", None)
+    assert "identical" in (said := capsys.readouterr().out)
+    assert "A + α" in said
+    got, (a, b, c) = load_file(out), (load_file(path) for path in paths)
+    x, y, z = (model[toys.TO_K].double() for model in (a, b, c))
+    torch.testing.assert_close(got[toys.TO_K].double(), 0.5 * x + 0.25 * (y + z), rtol=1e-3, atol=1e-6)
+    te = toys.TE + "final_layer_norm.weight"
+    assert torch.equal(got[te], a[te])
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_explains_itself(name: str) -> None:
+    found = METHODS[name]
+    assert found.summary.endswith(".")
+    assert found.formula
+    assert found.source
+    assert all(parameter.param.help for parameter in found.parameters)
