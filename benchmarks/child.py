@@ -40,6 +40,8 @@ def prepare_sdmerge(request: Request) -> Call:
     common = {"output": request["output"], "threads": request["threads"], "overwrite": True}
     if job["operation"] == "add-diff":
         return lambda: add_difference(*inputs, alpha=job["alpha"], **common)
+    if job["operation"] == "ties":
+        return lambda: sdmerge.merge("ties", inputs[1:], {"density": 0.2}, base=inputs[0], **common)
     if job["alpha"] is not None:
         return lambda: weighted_sum(inputs, alpha=job["alpha"], **common)
     return lambda: weighted_sum(inputs, weights=list(job["coefficients"]), **common)
@@ -56,6 +58,9 @@ def prepare_mecha(request: Request) -> Call:
     if job["operation"] == "add-diff":
         recipe = mecha.add_difference(*models, alpha=job["alpha"])
         return lambda: mecha.merge(recipe, output=output)
+    if job["operation"] == "ties":
+        trimmed = mecha.add_difference_ties(*models, k=0.2)
+        return lambda: mecha.merge(trimmed, output=output)
     recipe, total = models[0], job["coefficients"][0]
     for model, weight in zip(models[1:], job["coefficients"][1:], strict=True):
         total += weight

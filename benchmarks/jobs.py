@@ -25,7 +25,7 @@ class Job:
 
     Args:
         name: how the table calls it.
-        operation: ``weighted`` or ``add-diff``.
+        operation: ``weighted``, ``add-diff`` or ``ties``.
         coefficients: what each model is multiplied with.
         alpha: the factor that the user gives, where it is not a list of weights.
     """
@@ -54,6 +54,11 @@ class Job:
     def weighted(cls, *weights: float) -> Job:
         """Merge the models times their weights."""
         return cls(f"weighted, {'/'.join(f'{weight:g}' for weight in weights)}", "weighted", weights)
+
+    @classmethod
+    def ties(cls) -> Job:
+        """Merge B and C into A by TIES: of what each changed, the largest fifth."""
+        return cls("ties, density 0.2", "ties", (1.0, 1.0, 1.0))
 
 
 ADD_FULL = Job.add_difference(1.0)

@@ -77,7 +77,7 @@ class _Ballot:
 
         Masks are numbers, 0 and 1, and chosen by multiplication: on a CPU torch.where costs more than all the rest.
         """
-        change, side, up, down, up_weight, down_weight, votes = self._buffers[:, : origin.numel()]
+        change, side, up, down, up_weight, down_weight, votes = self._buffers[:, : origin.numel()].unbind()
         for buffer in (up, down, up_weight, down_weight, votes):
             buffer.zero_()
         for x, weight, edge in zip(models, weights, edges, strict=True):
