@@ -59,7 +59,10 @@ def prepare_mecha(request: Request) -> Call:
         recipe = mecha.add_difference(*models, alpha=job["alpha"])
         return lambda: mecha.merge(recipe, output=output)
     if job["operation"] == "ties":
-        trimmed = mecha.add_difference_ties(*models, k=0.2)
+        base, *others = models
+        change = mecha.ties_sum(*(mecha.subtract(model, base) for model in others), k=0.2)
+        add = import_module("sd_mecha.extensions.builtin.merge_methods.linear").add_difference
+        trimmed = add(base, change, alpha=1.0)  # its own add_difference_ties fails in 1.1.8
         return lambda: mecha.merge(trimmed, output=output)
     recipe, total = models[0], job["coefficients"][0]
     for model, weight in zip(models[1:], job["coefficients"][1:], strict=True):
