@@ -58,13 +58,31 @@ class Call:
         """Whether NaN or infinity in any of its inputs shows in its result."""
         return self.method.propagates and all(operand.propagates for operand in self.operands)
 
-    def __call__(self, tensors: Sequence[Tensor], start: int) -> Tensor:
+    @property
+    def in_blocks(self) -> bool:
+        """Whether blocks are enough once whole tensors were measured, so that no whole result is ever held."""
+        return self.method.measure is not None and all(isinstance(operand, Leaf) for operand in self.operands)
+
+    def measure(self, tensors: Sequence[Tensor]) -> Any:
+        """Return what the method needs to know of whole tensors before it is given blocks."""
+        assert self.method.measure is not None, "in_blocks says so"
+        given, extra = self._arguments(tensors, 0)
+        return self.method.measure(*given, **extra)
+
+    def __call__(self, tensors: Sequence[Tensor], start: int, measured: Any = None) -> Tensor:
         """Compute it.
 
         Args:
             tensors: the step's reads, as stored: whole, or the same block of each.
             start: index of the block's first element; 0 for whole tensors.
+            measured: what `measure` returned, where blocks are given.
         """
+        given, extra = self._arguments(tensors, start)
+        if measured is not None:
+            extra["measured"] = measured
+        return self.method.function(*given, **extra)
+
+    def _arguments(self, tensors: Sequence[Tensor], start: int) -> tuple[list[Tensor], dict[str, Any]]:
         given = [operand(tensors, start) for operand in self.operands]
         if not self.method.mixed:
             wide = sdkernels.cast.accumulator(*(x.dtype for x in given))
@@ -74,4 +92,4 @@ class Call:
             extra["base"] = given.pop()
         if self.method.takes_place:
             extra["place"] = Place(self.name, start)
-        return self.method.function(*given, **extra)
+        return given, extra

@@ -3,6 +3,7 @@
 Positional parameters are models, in order (``*tensors`` is any number of them). Keyword-only ones are:
 
 - ``base``: the base model's tensor; with a default of None the base model may be left out;
+- ``measured``: what the method's ``measure`` found in whole tensors, when it is given blocks; None in a plain call;
 - ``place``: a `Place`, for methods that depend on which tensor and which elements they see (random ones, above all);
 - anything else: a parameter, annotated ``Annotated[type, Param("help", low, high)]``. The type is float, int, bool, str
   or ``tuple[float, ...]`` (one number for each model; a single one counts for all).
@@ -166,6 +167,8 @@ class Method:
             given blocks, flattened; all others whole tensors in their shape.
         mixed: whether it takes tensors as they are stored, of any mix of floating types, because its kernels widen them;
             all others are given float32 (float64 where a model is stored so).
+        measure: finds what an otherwise elementwise method needs to know of whole tensors (thresholds, lengths); it takes
+            the same models, base and parameters as the function, which is then given blocks and the result as ``measured``.
         propagates: whether NaN or infinity in any input always shows in the result, so that checking the result is enough.
     """
 
@@ -179,6 +182,7 @@ class Method:
     elementwise: bool
     mixed: bool
     propagates: bool
+    measure: Callable[..., Any] | None = None
 
     @property
     def summary(self) -> str:
@@ -272,7 +276,12 @@ def find(name: str) -> Method:
 
 
 def method(
-    *, elementwise: bool = True, mixed: bool = False, propagates: bool = False, at_least: int = 2
+    *,
+    elementwise: bool = True,
+    mixed: bool = False,
+    propagates: bool = False,
+    at_least: int = 2,
+    measure: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]:
     """Register a function as a merge method; see the module's docstring and `Method`."""
 
@@ -282,6 +291,7 @@ def method(
         models = tuple(n for n, p in signature.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
         base = keyword.pop("base", None)
         place = keyword.pop("place", None)
+        keyword.pop("measured", None)
         METHODS[function.__name__] = Method(
             name=function.__name__,
             function=function,
@@ -290,9 +300,10 @@ def method(
             at_least=len(models) or at_least,
             takes_place=place is not None,
             parameters=tuple(_parameter(name, p) for name, p in keyword.items()),
-            elementwise=elementwise,
+            elementwise=elementwise and measure is None,
             mixed=mixed,
             propagates=propagates,
+            measure=measure,
         )
         return function
 

@@ -137,6 +137,7 @@ class Job:
         self.error: BaseException | None = None
         groups = _groups(outputs)
         self.room = _Room(max((group[0].step.memory for group in groups if group[0].step.whole), default=0))
+        self.pool = worker.Pool()
         self._lock = threading.Lock()
         self._blocks = _blocks(groups)
         self._done = 0

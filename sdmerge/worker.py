@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from sdkernels import cast
 from sdmerge.dtypes import TORCH
+from sdmerge.expression import Call
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,20 +143,46 @@ class Worker:
 
     def _whole(self, group: Group) -> None:
         """Whole tensors, scaled where they are fp8 with a factor. Memory is what the tensors take."""
-        values = [whole(read).to(self._job.device) for read in group[0].step.reads]
+        pool = self._job.pool
+        buffers = [pool.take(read.spec.nbytes) for read in group[0].step.reads]
+        pairs = zip(group[0].step.reads, buffers, strict=True)
+        values = [whole(read, buffer).to(self._job.device) for read, buffer in pairs]
         for target in group:
-            step = target.step
-            result = computed(step, values, 0)
-            dtype = TORCH[step.spec.dtype]
-            out = torch.empty(step.spec.shape, dtype=dtype)
-            if step.spec.dtype.is_float:
-                self._check(step, values, result, dtype)
-                cast.narrow(result.cpu(), out, saturate=self._saturate)
+            if isinstance(target.step.compute, Call) and target.step.compute.in_blocks:
+                self._measured(target, target.step.compute, values)
             else:
-                out.copy_(result)
-            del result
-            if step.spec.nbytes:
-                target.sink.write(step.name, 0, as_bytes(out))
+                self._at_once(target, values)
+        del values
+        pool.give(buffers)
+
+    def _measured(self, target: Target, call: Call, values: list[Tensor]) -> None:
+        """Measure whole tensors, then compute and write block by block."""
+        step = target.step
+        found = call.measure(values)
+        flat = [value.reshape(-1) for value in values]
+        blocks = replace(step, compute=partial(call, measured=found), whole=False)
+        dtype = TORCH[step.spec.dtype]
+        for start in range(0, step.spec.numel, BLOCK):
+            count = min(BLOCK, step.spec.numel - start)
+            part = [value[start : start + count] for value in flat]
+            result = computed(blocks, part, start)
+            self._check(step, part, result, dtype)
+            data, out = self._output.window(count * dtype.itemsize, dtype)
+            cast.narrow(result.cpu(), out, saturate=self._saturate)
+            target.sink.write(step.name, start * dtype.itemsize, data)
+
+    def _at_once(self, target: Target, values: list[Tensor]) -> None:
+        step = target.step
+        result = computed(step, values, 0)
+        dtype = TORCH[step.spec.dtype]
+        out = torch.empty(step.spec.shape, dtype=dtype)
+        if step.spec.dtype.is_float:
+            self._check(step, values, result, dtype)
+            cast.narrow(result.cpu(), out, saturate=self._saturate)
+        else:
+            out.copy_(result)
+        if step.spec.nbytes:
+            target.sink.write(step.name, 0, as_bytes(out))
 
     def _check(self, step: Step, values: list[Tensor], result: Tensor, dtype: torch.dtype) -> None:
         """Look for NaN, infinity and overflow: one cheap reduction where all is well."""
@@ -194,22 +223,47 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def whole(read: Read) -> Tensor:
-    """Return one tensor as stored; in float32, times its factor, where it has one."""
-    values = _stored(read, read.key).reshape(read.spec.shape)
+def whole(read: Read, buffer: Tensor) -> Tensor:
+    """Return one tensor as stored, in the memory of `buffer` (bytes); in float32, times its factor, where it has one."""
+    values = _stored(read, read.key, buffer).reshape(read.spec.shape)
     if read.scale is None:
         return values
     values = values.float()
-    factor = _stored(read, read.scale).float()
+    factor = _stored(read, read.scale, torch.empty(read.source.specs[read.scale].nbytes, dtype=torch.uint8)).float()
     return values * (factor if factor.numel() == 1 else factor.reshape(-1, *[1] * (values.dim() - 1)))
 
 
-def _stored(read: Read, key: str) -> Tensor:
+def _stored(read: Read, key: str, buffer: Tensor) -> Tensor:
     spec = read.source.specs[key]
-    dtype = TORCH[spec.dtype]
-    if not spec.nbytes:
-        return torch.empty(0, dtype=dtype)
-    return torch.frombuffer(read.source.read(key), dtype=dtype)
+    window = buffer[: spec.nbytes]
+    if spec.nbytes:
+        read.source.read_into(key, 0, as_bytes(window))
+    return window.view(TORCH[spec.dtype])
+
+
+class Pool:
+    """Memory for whole tensors, used again by all threads: a large piece from the system is cleared page by page first."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> Tensor:
+        """Return at least `nbytes` bytes: the smallest free piece that holds them, or a new one."""
+        with self._lock:
+            fits = [piece for piece in self._free if piece.numel() >= nbytes]
+            if fits:
+                best = min(fits, key=Tensor.numel)
+                self._free = [piece for piece in self._free if piece is not best]
+                return best
+            if self._free:  # one that is too small makes way
+                del self._free[0]
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def give(self, pieces: Sequence[Tensor]) -> None:
+        """Take pieces back."""
+        with self._lock:
+            self._free = sorted([*self._free, *pieces], key=Tensor.numel)
 
 
 def bounded(values: Tensor, dtype: torch.dtype) -> bool:

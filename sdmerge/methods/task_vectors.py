@@ -49,7 +49,13 @@ def task_arithmetic(
     return sdkernels.linear.combine(((1.0, base), *terms))
 
 
-@method(elementwise=False, mixed=True, at_least=1)
+def _thresholds(*tensors: "Tensor", base: "Tensor", density: tuple[float, ...], **_: object) -> "list[Tensor | float]":
+    """Return the smallest change of each model that TIES keeps."""
+    _for_each("density", density, tensors)
+    return [_smallest_kept(x, base, share) for x, share in zip(tensors, density, strict=True)]
+
+
+@method(measure=_thresholds, mixed=True, at_least=1)
 def ties(
     *tensors: "Tensor",
     base: "Tensor",
@@ -58,6 +64,7 @@ def ties(
     lam: Annotated[float, Param("factor of the sum (λ)", weight=True)] = 1.0,
     normalize: Annotated[bool, Param("divide by the weights of the models that agree")] = True,
     vote: Annotated[str, Param("signs are elected by sum or by count", choices=("sum", "count"))] = "sum",
+    measured: "list[Tensor | float] | None" = None,
 ) -> "Tensor":
     """TIES: trim what each model learned to its largest changes, elect a sign, average the models that agree.
 
@@ -77,13 +84,13 @@ def ties(
         lam: 0 gives the base.
         normalize: False: the plain weighted sum of those that agree.
         vote: sum: the sign of Σ wᵢ Δᵢ; count: the sign that more models have.
+        measured: the smallest |Δ| of each model that is kept, where the tensors are blocks of larger ones.
 
     Raises:
         RequestError: another number of weights or densities.
     """
     _for_each("weights", weights, tensors)
-    _for_each("density", density, tensors)
-    thresholds = [_smallest_kept(x, base, share) for x, share in zip(tensors, density, strict=True)]
+    thresholds = measured if measured is not None else _thresholds(*tensors, base=base, density=density)
     return sdkernels.ties.merge(base, tensors, weights, thresholds, scale=lam, normalize=normalize, vote=vote)
 
 
