@@ -18,6 +18,7 @@ from sdkernels.cast import accumulator
 from sdkernels.kernel import Case, Kernel, tl, triton
 
 _IN_ONE_LAUNCH = 4
+_SPAN = 1 << 18  # many cheap passes: the calls cost more than a larger cache's distance
 _BLOCK = 1024
 
 
@@ -52,60 +53,54 @@ def reference(
     shares = [float(weight) for weight in weights]
     bases, models = base.reshape(-1), [x.reshape(-1) for x in tensors]
     result = flat.target(base, wide, out)
-    span = flat.span(base)
+    span = max(_SPAN, flat.span(base)) if base.device.type == "cpu" else flat.span(base)
     ballot = _Ballot(min(span, bases.numel()), wide, base.device, normalize=normalize, by_count=vote == "count")
     for start in range(0, bases.numel(), span):
         part = slice(start, start + span)
         origin = bases[part].to(wide)
         merged = ballot.held(origin, [x[part] for x in models], shares, edges)
-        result[part] = torch.add(origin, merged, alpha=scale)
+        if result.dtype == wide:
+            torch.add(origin, merged, alpha=scale, out=result[part])
+        else:
+            result[part] = origin.add_(merged, alpha=scale) if origin.dtype != base.dtype else origin + scale * merged
     return flat.deliver(result, base, out)
 
 
 class _Ballot:
-    """The buffers of one election, used again for every span."""
+    """The buffers of one election, used again for every span.
+
+    Masks are numbers, 0 and 1, and chosen by multiplication: on a CPU torch.where costs more than all the rest.
+    """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device, *, normalize: bool, by_count: bool) -> None:
-        self._buffers = torch.empty((7, size), dtype=dtype, device=device)
+        self._buffers = torch.empty((4, size), dtype=dtype, device=device)
         self._normalize = normalize
         self._by_count = by_count
 
     def held(
         self, origin: Tensor, models: Sequence[Tensor], weights: Sequence[float], edges: Sequence[float]
     ) -> Tensor:
-        """Return the merged change of one span, in a buffer.
-
-        Masks are numbers, 0 and 1, and chosen by multiplication: on a CPU torch.where costs more than all the rest.
-        """
-        change, side, up, down, up_weight, down_weight, votes = self._buffers[:, : origin.numel()].unbind()
-        for buffer in (up, down, up_weight, down_weight, votes):
-            buffer.zero_()
+        """Return the merged change of one span, in a buffer."""
+        side, sign, total, divisor = self._buffers[:, : origin.numel()].unbind()
+        total.zero_()
+        changes = []
         for x, weight, edge in zip(models, weights, edges, strict=True):
-            change.copy_(x)
-            kept = torch.nn.functional.hardshrink(change.sub_(origin), edge)
-            if weight != 1:
-                kept.mul_(weight)
-            up.add_(torch.clamp(kept, min=0, out=side))
-            down.add_(torch.clamp(kept, max=0, out=side))
-            if self._normalize or self._by_count:
-                torch.gt(kept, 0, out=side)
-                up_weight.add_(side, alpha=weight)
-                if self._by_count:
-                    votes.add_(side)
-                torch.lt(kept, 0, out=side)
-                down_weight.add_(side, alpha=weight)
-                if self._by_count:
-                    votes.sub_(side)
-        ballot = votes if self._by_count else torch.add(up, down, out=change)
-        torch.ge(ballot, 0, out=side)
-        up.mul_(side)
-        up_weight.mul_(side)
-        torch.lt(ballot, 0, out=side)
-        merged = up.add_(down.mul_(side))
+            side.copy_(x)
+            change = torch.nn.functional.hardshrink(side.sub_(origin), edge)
+            changes.append(change if weight == 1 else change.mul_(weight))
+            total.add_(torch.sign(change, out=side) if self._by_count else change)
+        torch.ge(total, 0, out=sign)
+        sign.mul_(2).sub_(1)
+        total.zero_()
+        divisor.zero_()
+        for change, weight in zip(changes, weights, strict=True):
+            total.add_(torch.clamp_min_(change.mul_(sign), 0))
+            if self._normalize:
+                divisor.add_(torch.gt(change, 0, out=side), alpha=weight)
+        total.mul_(sign)
         if not self._normalize:
-            return merged
-        divisor = up_weight.add_(down_weight.mul_(side))
-        return merged.div_(divisor.add_(torch.eq(divisor, 0, out=side)))
+            return total
+        return total.div_(divisor.add_(torch.eq(divisor, 0, out=side)))
 
 
 def _below(threshold: float | Tensor, dtype: torch.dtype) -> float:
@@ -130,6 +125,7 @@ def _election(  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     origin = tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
     up = tl.zeros((BLOCK,), dtype=tl.float32)
     down = tl.zeros((BLOCK,), dtype=tl.float32)
     up_weight = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -140,20 +136,21 @@ def _election(  # type: ignore[no-untyped-def]
         weight = w0 if i == 0 else w1 if i == 1 else w2 if i == 2 else w3
         edge = e0 if i == 0 else e1 if i == 1 else e2 if i == 2 else e3
         change = _cast_vote(x, origin, weight, edge, at, inside)
+        total += change
         up += tl.where(change > 0, change, 0.0)
         down += tl.where(change < 0, change, 0.0)
         up_weight += tl.where(change > 0, weight, 0.0)
         down_weight += tl.where(change < 0, weight, 0.0)
         votes += tl.where(change > 0, 1.0, 0.0) - tl.where(change < 0, 1.0, 0.0)
-    upward = up + down >= 0
+    upward = total >= 0
     if BY_COUNT:
         upward = votes >= 0
     merged = tl.where(upward, up, down)
     if NORMALIZE:
         divisor = tl.where(upward, up_weight, down_weight)
         merged = tl.div_rn(merged, tl.where(divisor == 0, 1.0, divisor))
-    total = tl.fma(merged, tl.zeros_like(merged) + scale, origin)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+    result = tl.fma(merged, tl.zeros_like(merged) + scale, origin)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
 def fast(
