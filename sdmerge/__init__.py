@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from sdmerge.api import sweep as sweep
     from sdmerge.api import weighted_sum as weighted_sum
     from sdmerge.blocks import Weights as Weights
+    from sdmerge.comparison import Difference as Difference
+    from sdmerge.comparison import diff as diff
     from sdmerge.errors import SdmergeError as SdmergeError
     from sdmerge.inspection import inspect_path as inspect_path
     from sdmerge.options import Options as Options
@@ -38,6 +40,8 @@ _HOMES = {
     "sweep": "sdmerge.api",
     "weighted_sum": "sdmerge.api",
     "Weights": "sdmerge.blocks",
+    "Difference": "sdmerge.comparison",
+    "diff": "sdmerge.comparison",
     "SdmergeError": "sdmerge.errors",
     "inspect_path": "sdmerge.inspection",
     "Options": "sdmerge.options",

@@ -25,6 +25,7 @@ COMMANDS = {
     "merge": ("sdmerge.cli.merge:merge", "Merge models by any method; `sdmerge methods` lists them."),
     "run": ("sdmerge.cli.merge:run", "Carry out a recipe (YAML, or mergekit's)."),
     "verify": ("sdmerge.cli.verify:verify", "Derive a merge again from its recipe, and compare every byte."),
+    "diff": ("sdmerge.cli.diff:diff", "Compare two models, by block and by tensor."),
     "methods": ("sdmerge.cli.methods:methods", "List the merge methods, or explain one."),
     "blocks": ("sdmerge.cli.blocks:blocks", "Show which tensors each block of a family holds."),
     "inspect": ("sdmerge.cli.inspect:inspect", "Say what a model file is and holds."),
