@@ -267,14 +267,14 @@ def _legend(page: _Page, scale: _Scale) -> None:
     extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[scale.below, scale.above]
     shades = ScalarMappable(scale.norm, scale.colours)
     bar = page.figure.colorbar(shades, cax=axes, orientation="horizontal", extend=extend, extendfrac=0.03)
-    bar.set_ticks(LogLocator(subs=(1, 2, 5)), minor=False)
+    bar.set_ticks(LogLocator(subs=(1, 2, 5) if scale.top / scale.bottom < 200 else (1,)), minor=False)
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}" if value < 1e-4 else f"{value:g}"))
     bar.ax.xaxis.set_minor_formatter(NullFormatter())
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=7.5, colors=_INK, length=2, pad=2)
     bar.outline.set_visible(False)
     marks = ((_style(Cell(0.0, False), scale), "", "identical"), (_style(None, scale), "", "no such layer"))
-    for style, sign, said in (*marks, ({"facecolor": _PAPER, "edgecolor": _LINE}, "≠", "other difference")):
+    for style, sign, said in (*marks, (_style(Cell(None, True), scale), "≠", "other difference")):
         key = page.axes(left, 0.9, 0.24, 0.18)
         key.axis("off")
         _rectangle(key, 0, 0, style)
@@ -294,7 +294,7 @@ def _draw(axes: Any, panel: Panel, scale: _Scale, cell: float) -> None:
             if one and one.otherwise:
                 ink = _PAPER if scale.is_dark(one.distance) else _INK
                 axes.text(column + 0.5, row + 0.53, "≠", ha="center", va="center", size=9, color=ink)
-    long = max(len(label) for label in panel.columns) > 3
+    long = max(len(label) for label in panel.columns) > (3 if cell > 0.28 else 2)
     labels = [_short(label) for label in panel.columns]
     small = 7.5 if cell > 0.22 else 6
     axes.set_xticks([i + 0.5 for i in range(columns)], labels, rotation=90 if long else 0, size=small, parse_math=False)
@@ -314,4 +314,6 @@ def _rectangle(axes: Any, column: int, row: int, style: dict[str, Any]) -> None:
 def _style(one: Cell | None, scale: _Scale) -> dict[str, Any]:
     if one is None:
         return {"facecolor": _PAPER, "edgecolor": _LINE, "hatch": "////"}
+    if one.otherwise and not one.distance:
+        return {"facecolor": _PAPER, "edgecolor": _LINE}
     return {"facecolor": scale.of(one.distance), "edgecolor": _PAPER}

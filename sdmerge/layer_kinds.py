@@ -7,7 +7,7 @@ import re
 _TEXT_STREAM = re.compile(
     r"txt_(attn|mlp|mod)|context_block|ff_context|norm1_context|add_[qkv]_proj|to_add_out|norm_added"
 )
-_ATTENTION = re.compile(r"attn[12]?\b|attn_\d|attentions?\b|SelfAttention")
+_ATTENTION = re.compile(r"attn[12]?\b|attn_\d|attentions\.\d+\.(?!transformer_blocks)|SelfAttention")
 _WHICH = re.compile(r"attn[12](?=\.)")
 _PARTS = (
     ("qkv", re.compile(r"\bqkv\b|\bin_proj")),
@@ -16,11 +16,13 @@ _PARTS = (
     ("v", re.compile(r"(\b|to_|add_)v(_proj)?\b|\bvalue\b")),
     ("out", re.compile(r"\bout_proj\b|\bto_out\b|\bto_add_out\b|\bproj(_attn)?\b|\bo\b|\battn_\d\.proj_out\b")),
 )
+_EMBEDDING = re.compile(r"(token|position|positional|context|pos|x)_embed|\bembeddings\.|\bembed_tokens\b|\bshared\.")
 _MODULATION = re.compile(r"mod\.lin\b|modulation|adaLN|norm\d?(_context)?\.linear\b|norm_out\.linear\b")
 _NORM = re.compile(r"norm|\bln_|\b(in|out)_layers\.0\b|(^|diffusion_model\.)out\.0\b")
 _LATER = (
     ("time / label", re.compile(r"time_|label_emb|emb_layers|[ty]_embedder|vector_in|guidance_in|add_embedding")),
-    ("embedding", re.compile(r"embed|\bshared\b|relative_attention_bias|img_in|txt_in")),
+    ("embedding", _EMBEDDING),
+    ("embedding", re.compile(r"relative_attention_bias|\b(img|txt)_in\.")),
     ("linear1", re.compile(r"\blinear1\b|\bproj_mlp\b")),
     ("linear2", re.compile(r"\blinear2\b|\bsingle_transformer_blocks\.\d+\.proj_out\b")),
     ("feed-forward", re.compile(r"\bff(_context)?\.|mlp|DenseReluDense")),
@@ -78,7 +80,7 @@ def encoder_layer(name: str) -> tuple[int, str]:
     """Return where in a text encoder a tensor is: a number to sort by, and what the place is called."""
     if match := _LAYER.search(name):
         return int(match[1]), match[1]
-    return (-1, "emb") if "embed" in name or "shared" in name else (1 << 30, "end")
+    return (-1, "emb") if _EMBEDDING.search(name) else (1 << 30, "end")
 
 
 def vae_place(name: str) -> tuple[int, str]:
