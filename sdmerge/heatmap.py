@@ -48,7 +48,8 @@ class Cell:
 
     Attributes:
         distance: as `Measures.distance`, over the place's tensors.
-        otherwise: something differs there that no distance tells: shapes, presence, types that are no numbers, whole numbers.
+        otherwise: something differs there that no distance tells: shapes, presence, types that are no
+            numbers, whole numbers, NaN and infinity.
     """
 
     distance: float | None
@@ -138,7 +139,8 @@ def _panel(title: str, part: str, tensors: Sequence[TensorDifference], order: Se
 def _cell(tensors: Sequence[TensorDifference]) -> Cell:
     measures = Measures.of([one.measures for one in tensors if one.measures is not None])
     unlike = any(one.status not in ("identical", "changed") for one in tensors)
-    silent = any(one.status == "changed" and one.measures and not one.measures.distance for one in tensors)
+    changed = [one.measures for one in tensors if one.measures is not None and one.status == "changed"]
+    silent = any(one.nonfinite or not one.distance for one in changed)
     return Cell(measures.distance, unlike or silent)
 
 

@@ -72,9 +72,10 @@ def test_a_place_sums_up_its_tensors() -> None:
 def test_differences_without_a_distance_are_marked() -> None:
     lone = TensorDifference("conv_in.weight", "unet", "IN00", HALF, None)
     bits = TensorDifference("out.2.weight", "unet", "M00", HALF, HALF, Measures(4, 1, 4, 0, 1.0, 1.0, 1.0, 0.0))
-    (panel,) = heatmap.panels(difference(lone, bits, tensor("op.weight", 0.0)))
-    assert panel.columns == ("IN00", "IN01", "M00")
-    assert [panel.cells[0, i].otherwise for i in range(3)] == [True, False, True]
+    nan = TensorDifference("mid.conv.weight", "unet", "M01", HALF, HALF, Measures(4, 4, 3, 1, 1.0, 1.0, 1.0, 0.5))
+    (panel,) = heatmap.panels(difference(lone, bits, nan, tensor("op.weight", 0.0)))
+    assert panel.columns == ("IN00", "IN01", "M00", "M01")
+    assert [panel.cells[0, i].otherwise for i in range(4)] == [True, False, True, True]
 
 
 def test_identical_is_one_colour_and_changes_are_others(tmp_path: Path) -> None:
