@@ -16,8 +16,15 @@ PLACE = Place("model.weight")
 
 
 def call(name: str, tensors: list[Tensor], base: Tensor | None = None, **values: Any) -> Tensor:
-    """Run a method as the runner does, its parameters checked; the last of `tensors` is the base where it needs one."""
+    """Run a method as the runner does: parameters checked, tensors widened unless it takes them as stored.
+
+    The last of `tensors` is the base where it needs one.
+    """
     method = find(name)
+    if not method.mixed:
+        wide = torch.float64 if torch.float64 in {x.dtype for x in tensors} else torch.float32
+        tensors = [x.to(wide) for x in tensors]
+        base = None if base is None else base.to(wide)
     if method.base == "required" and base is None:
         *tensors, base = tensors
     extra: dict[str, Any] = method.check(len(tensors), values)
