@@ -1,0 +1,72 @@
+"""Adapters: LoRA and its relatives, in every layout that people meet.
+
+`open_adapter` reads one; `AdapterLayout.write` (of a layout from `layouts`) makes the tensors of another layout from it.
+To add a layout, write a file in ``layouts``: an `AdapterLayout` called ``LAYOUT``, which says what its names look like (a
+`Naming` of prefixes and suffixes over the tables in `names`), by what it is recognised, and what it can hold.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sdformats.adapters.layout import AdapterFile, detect_adapter
+from sdformats.errors import CorruptFile, FormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from sdformats.adapters.adapter import Adapter
+    from sdformats.adapters.layout import AdapterLayout
+    from sdformats.tensor import TensorSource
+
+CONFIG = "adapter_config.json"
+_LARGEST_CONFIG = 1 << 20
+
+
+def open_adapter(source: TensorSource, config: Path | None = None) -> tuple[Adapter, AdapterLayout]:
+    """Read the adapter in an open file, but for its weights.
+
+    Args:
+        source: the file; it must stay open as long as the adapter's tensors are read.
+        config: PEFT's settings, where they are not beside the file.
+
+    Raises:
+        FormatError: it is in no known layout, or broken.
+    """
+    try:
+        layout = detect_adapter(source.specs)
+    except FormatError as error:
+        error.path = source.path
+        raise
+    adapter = layout.read(layout, AdapterFile(source, _configs(source, config)))
+    return replace(adapter, notes=(*adapter.notes, *source.notes)), layout
+
+
+def _configs(source: TensorSource, given: Path | None) -> Mapping[str, Mapping[str, Any]]:
+    """Return PEFT's settings by component; "" for a file of one."""
+    if given is not None:
+        return {"": _load(given)}
+    if not any("base_model.model." in name for name in source.specs):
+        return {}
+    folder = source.path if source.path.is_dir() else source.path.parent
+    if (folder / CONFIG).is_file():
+        return {"": _load(folder / CONFIG)}
+    prefixes = {name.partition(".base_model.")[0] for name in source.specs}
+    return {name: _load(folder / name / CONFIG) for name in sorted(prefixes) if (folder / name / CONFIG).is_file()}
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise CorruptFile("is too large for a config", path=path)
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror or error}", path=path) from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile("is no JSON", path=path) from error
+    if not isinstance(found, dict):
+        raise CorruptFile("is no JSON object", path=path)
+    return found

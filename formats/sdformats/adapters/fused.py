@@ -1,0 +1,262 @@
+"""Modules that are one in some files and several in others: q, k and v, or a norm's shift and scale the other way round.
+
+Only views and copies: what would need arithmetic is left to `fold`, which the caller brings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdformats.adapters.errors import CannotHold
+from sdformats.adapters.records import IA3, Full, GLoRA, LoHa, LoKr, LoRA, Rows
+from sdformats.adapters.tensors import Blocks, Part, Ref, bits, first_rows, joined, rows, same
+from sdformats.errors import CorruptFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from sdformats.adapters.names import Fusion
+    from sdformats.adapters.record import Record
+
+    Fold = Callable[[Ref, float], Ref]
+    """Returns a tensor times a number."""
+    Range = tuple[int, int]
+
+
+def cut(record: Record, ranges: tuple[Range, ...]) -> Record:
+    """Return a record for some of the module's rows, one range after the other."""
+    if isinstance(record, Rows):
+        return replace(record, ranges=_composed(record.ranges, ranges))
+    whole = record.height
+    if ranges == ((0, whole),):
+        return record
+    fields = _row_fields(record, ranges)
+    if fields is None or (record.magnitude is not None and record.magnitude.axis == "in"):
+        return Rows(of=record, ranges=ranges)
+    changed: dict[str, Any] = {}
+    for name, (axis, unit) in fields.items():
+        ref = getattr(record, name)
+        changed[name] = joined([Part(ref, axis, start // unit, stop // unit) for start, stop in ranges], axis)
+    if record.magnitude is not None:
+        values = joined([rows(record.magnitude.values, *one) for one in ranges])
+        changed["magnitude"] = replace(record.magnitude, values=values)
+    if record.bias is not None:
+        changed["bias"] = joined([rows(record.bias, *one) for one in ranges])
+    return replace(record, **changed)
+
+
+def _row_fields(record: Record, ranges: tuple[Range, ...]) -> Mapping[str, tuple[int, int]] | None:
+    """Return which tensors carry the module's rows, where they can be cut at these borders."""
+    fields = record.row_fields
+    units = [] if fields is None else [unit for _, unit in fields.values()]
+    return None if any(edge % unit for unit in units for one in ranges for edge in one) else fields
+
+
+def _composed(outer: tuple[Range, ...], inner: tuple[Range, ...]) -> tuple[Range, ...]:
+    """Return the ranges that are `inner` of what `outer` takes."""
+    found: list[Range] = []
+    edges = [0, *accumulate(stop - start for start, stop in outer)]
+    for start, stop in inner:
+        for (first, _), (left, right) in zip(outer, pairwise(edges), strict=True):
+            low, high = max(start, left), min(stop, right)
+            if low < high:
+                found.append((first + low - left, first + high - left))
+    return tuple(found)
+
+
+def swapped(record: Record) -> Record:
+    """Return a record whose halves have changed places."""
+    whole = record.height
+    if whole is None or whole % 2:
+        raise CorruptFile(f"has {whole} rows, which have no halves")
+    return cut(record, ((whole // 2, whole), (0, whole // 2)))
+
+
+def split(record: Record, fusion: Fusion) -> dict[str, Record]:
+    """Return the record of each part of a fused module.
+
+    Parts that are wholly zero beside others that are not are no part of the adapter. A LoRA whose up is made of blocks
+    along the diagonal gives each part its own down; else they share it.
+
+    Raises:
+        CorruptFile: the rows do not divide.
+    """
+    if fusion.swapped:
+        record = swapped(record)
+    if len(fusion.parts) == 1:
+        return {fusion.parts[0]: record}
+    whole = record.height
+    if whole is None:
+        raise CorruptFile(f"is {record.algorithm} on a fused module, which does not tell its rows")
+    unit, left = divmod(whole, sum(fusion.shares))
+    if left:
+        raise CorruptFile(f"has {whole} rows for parts of {':'.join(map(str, fusion.shares))}")
+    edges = [0, *(unit * total for total in accumulate(fusion.shares))]
+    ranges = list(pairwise(edges))
+    own = _own_columns(record, ranges) if isinstance(record, LoRA) and record.mid is None else None
+    found: dict[str, Record] = {}
+    for index, (path, one) in enumerate(zip(fusion.parts, ranges, strict=True)):
+        part = cut(record, (one,))
+        if own is not None:
+            if own[index] is None:
+                continue
+            part = _narrowed(part, own[index])
+        found[path] = part
+    return found
+
+
+def _narrowed(part: Record, columns: Range | None) -> Record:
+    """Return a LoRA with some of its ranks, at the same scale."""
+    assert isinstance(part, LoRA), "only these are narrowed"
+    assert columns is not None, "parts of zeros are left out before"
+    if columns == (0, part.rank):
+        return part
+    alpha = None if part.alpha is None else part.alpha * (columns[1] - columns[0]) / part.rank
+    return replace(part, up=Part(part.up, 1, *columns), down=rows(part.down, *columns), alpha=alpha)
+
+
+def _own_columns(record: LoRA, ranges: Sequence[Range]) -> list[Range | None] | None:
+    """Return the ranks that each part of the up alone uses (None: it is zero); None where they share some."""
+    sample = [_used(first_rows(record.up, start, 1)) for start, stop in ranges if stop > start]
+    if np.any(np.sum(sample, axis=0) > 1):
+        return None
+    values = bits(record.up)
+    used = [_used(values[start:stop]) for start, stop in ranges]
+    if np.any(np.sum(used, axis=0) > 1) or not np.any(used):
+        return None
+    rank, count = record.rank, len(ranges)
+    equal = [(i * rank // count, (i + 1) * rank // count) for i in range(count)]
+    if rank % count == 0 and all(not _outside(one, two) for one, two in zip(used, equal, strict=True)):
+        return [two if one.any() else None for one, two in zip(used, equal, strict=True)]
+    there = [index for index in range(count) if used[index].any()]
+    firsts = [int(np.argmax(used[index])) for index in there]
+    lasts = [rank - 1 - int(np.argmax(used[index][::-1])) for index in there]
+    if any(last >= first for last, first in zip(lasts, firsts[1:], strict=False)):
+        return None
+    edges = [0, *firsts[1:], rank]
+    found: list[Range | None] = [None] * count
+    for index, one in zip(there, pairwise(edges), strict=True):
+        found[index] = one
+    return found
+
+
+def _used(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return which columns hold anything but zeros (of either sign)."""
+    return np.asarray(((values << 1) != 0).reshape(*values.shape[:2], -1).any(axis=(0, 2)))
+
+
+def _outside(used: np.ndarray[Any, Any], inside: Range) -> bool:
+    return bool(used[: inside[0]].any() or used[inside[1] :].any())
+
+
+def fuse(module: str, records: Sequence[Record | None], fusion: Fusion, fold: Fold) -> Record:
+    """Return the record of a fused module; the inverse of `split`.
+
+    Args:
+        module: its name, for errors.
+        records: of each part; None for one that does not change.
+        fusion: what it is made of.
+        fold: returns a tensor times a number.
+
+    Raises:
+        CannotHold: no single record of the algorithm is all of these.
+    """
+    there = [record for record in records if record is not None]
+    one = len(fusion.parts) == 1
+    record = there[0] if one else _whole_again(there, fusion) or _joined(module, records, fusion, fold)
+    return swapped(record) if fusion.swapped else record
+
+
+def _whole_again(there: Sequence[Record], fusion: Fusion) -> Record | None:
+    """Return the record that all parts are rows of, where they are."""
+    first = there[0]
+    if not isinstance(first, Rows) or len(there) < len(fusion.parts):
+        return None
+    if not all(isinstance(record, Rows) and record.of == first.of for record in there):
+        return None
+    ranges = [one for record in there if isinstance(record, Rows) for one in record.ranges]
+    in_order = ranges[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(ranges))
+    return first.of if in_order and ranges[-1][1] == first.of.height else None
+
+
+_SHARED = {LoHa: ("w1_b", "w2_b"), GLoRA: ("a1", "a2"), LoKr: ("w1_b", "w2", "w2_a", "w2_b", "t2"), Full: (), IA3: ()}
+
+
+def _joined(module: str, records: Sequence[Record | None], fusion: Fusion, fold: Fold) -> Record:
+    there = [record for record in records if record is not None]
+    kinds = {type(record) for record in there}
+    first = there[0]
+    if len(kinds) > 1:
+        raise CannotHold("its parts are of several algorithms", key=module, advice="make them one, with --as lora")
+    if isinstance(first, LoRA):
+        return _joined_lora(module, records, fusion, fold)
+    shared = _SHARED.get(type(first))
+    complete = len(there) == len(fusion.parts) and shared is not None
+    if isinstance(first, GLoRA):
+        shared = (*(shared or ()), "b1" if first.old else "b2")
+    alike = complete and all(_alike(first, record, shared or ()) for record in there[1:])
+    whole = tuple((0, record.height or 0) for record in there)
+    fields = _row_fields(first, whole[:1]) if alike else None
+    if fields is None:
+        raise CannotHold(
+            f"is one module of q, k and v there, which their {first.algorithm} factors cannot be joined to",
+            key=module,
+            advice="convert with --as lora",
+        )
+    changed: dict[str, Any] = {
+        name: joined([getattr(record, name) for record in there], axis) for name, (axis, _) in fields.items()
+    }
+    return replace(first, **changed, **_joined_sides(module, there))
+
+
+def _alike(one: Record, other: Record, shared: Sequence[str]) -> bool:
+    if one.alpha != other.alpha:
+        return False
+    if isinstance(one, IA3) and isinstance(other, IA3) and (one.on_input or other.on_input):
+        return one.on_input == other.on_input and same(one.weight, other.weight)
+    pairs = [(getattr(one, name), getattr(other, name)) for name in shared]
+    return all((a is None) == (b is None) and (a is None or same(a, b)) for a, b in pairs)
+
+
+def _joined_sides(module: str, there: Sequence[Record]) -> dict[str, Any]:
+    """Join lengths and biases, which all parts have or none."""
+    sides: dict[str, Any] = {}
+    lengths = [record.magnitude for record in there if record.magnitude is not None]
+    if lengths:
+        if len(lengths) < len(there) or any(one.axis == "in" for one in lengths):
+            raise CannotHold("is DoRA on a part of a fused module alone, or over its columns", key=module)
+        sides["magnitude"] = replace(lengths[0], values=joined([one.values for one in lengths]))
+    biases = [record.bias for record in there if record.bias is not None]
+    if biases:
+        if len(biases) < len(there):
+            raise CannotHold("changes the bias of a part of a fused module alone", key=module)
+        sides["bias"] = joined(biases)
+    return sides
+
+
+def _joined_lora(module: str, records: Sequence[Record | None], fusion: Fusion, fold: Fold) -> Record:
+    """Stack ups over one down where it is the same in all parts; else blocks along the diagonal, downs stacked."""
+    loras = {index: record for index, record in enumerate(records) if isinstance(record, LoRA)}
+    there = list(loras.values())
+    complete = len(there) == len(records)
+    if any(record.mid is not None for record in there):
+        raise CannotHold("is Tucker's form on a fused module", key=module, advice="convert with --as lora")
+    sides = _joined_sides(module, there)
+    if sides and not complete:
+        raise CannotHold("is DoRA, or changes the bias, on a part of a fused module alone", key=module)
+    first = there[0]
+    scales = {record.scale for record in there}
+    if complete and len(scales) == 1 and all(same(first.down, record.down) for record in there[1:]):
+        return replace(first, up=joined([record.up for record in there]), **sides)
+    total = sum(record.rank for record in there)
+    scale = first.scale if len(scales) == 1 else 1.0
+    ups = [record.up if len(scales) == 1 else fold(record.up, record.scale) for record in there]
+    at = next(iter(loras))
+    unit = there[0].up.shape[0] // fusion.shares[at]
+    up = Blocks(tuple(ups), tuple(unit * share for share in fusion.shares), tuple(loras))
+    alpha = None if scale == 1 else scale * total
+    return LoRA(up=up, down=joined([record.down for record in there]), alpha=alpha, **sides)

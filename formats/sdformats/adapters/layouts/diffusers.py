@@ -1,0 +1,23 @@
+"""diffusers today: ``unet.down_blocks....to_q.lora_A.weight``, scales in the metadata ``lora_adapter_metadata``."""
+
+from sdformats.adapters.layout import AdapterLayout
+from sdformats.adapters.layouts._diffusers import KEY, read, write
+from sdformats.adapters.layouts._shared import DIFFUSERS_TEXT_ENCODERS, LORA, UNET_FAMILIES
+from sdformats.adapters.naming import Naming, Prefix
+from sdformats.adapters.roles import DIFFUSERS, PEFT
+
+LAYOUT = AdapterLayout(
+    name="diffusers",
+    title="diffusers' LoRA files",
+    written_by="diffusers 0.21 and later, its training scripts",
+    read_by="diffusers, ComfyUI (in part), InvokeAI",
+    holds=LORA | {"dora"},
+    alpha="metadata",
+    naming=Naming((Prefix("unet.", "unet", "any", flat=False), *DIFFUSERS_TEXT_ENCODERS), PEFT | DIFFUSERS),
+    bars=(r"\.processor\.", r"\.to_(q|k|v|out)_lora\.", r"^transformer\.", r"^unet\.base_model\."),
+    marks=(r"^(unet|text_encoder(_[23])?)\..*\.(lora|lora_linear_layer|lora_[AB])\.",),
+    families=UNET_FAMILIES,
+    read=read,
+    write=write,
+    keep=(KEY,),
+)
