@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sdmerge.blocks import Weights
+    from sdmerge.lora.convert import Form
 
     PathLike = str | os.PathLike[str]
 
@@ -167,9 +168,46 @@ def run_recipe(
     return execute(recipes, targets, Options(**{**first.options, **options}))
 
 
-def convert(source: PathLike, output: PathLike, **options: Unpack[OptionFields]) -> Report:
-    """Write a model's tensors, under their names, as safetensors. See `add_difference` for options and errors."""
-    return copy(Path(source), Path(output), Options(**options))
+def convert(
+    source: PathLike,
+    output: PathLike,
+    *,
+    to: str | None = None,
+    form: Form | None = None,
+    allow_loss: bool = False,
+    adapter_config: PathLike | None = None,
+    base: PathLike | None = None,
+    **options: Unpack[OptionFields],
+) -> Report:
+    """Write a model's tensors, under their names, as safetensors; or an adapter in another layout.
+
+    Args:
+        source: what to read.
+        output: where to write: a file, or for PEFT a folder.
+        to: an adapter layout, as ``sdmerge layouts`` lists them; None keeps every name.
+        form: turn every record of an adapter into ``lora`` or ``full`` differences.
+        allow_loss: leave out what the layout cannot hold, and note it, instead of refusing.
+        adapter_config: PEFT's ``adapter_config.json``, where it is not beside the file.
+        base: the model that the adapter is for, where a change depends on its weights or shapes.
+        options: see `Options`.
+
+    Raises:
+        See `add_difference`; `sdformats.adapters.errors.CannotHold` where the layout has no place for something.
+    """
+    if to is None:
+        if form is not None or adapter_config is not None or base is not None or allow_loss:
+            raise RequestError("these options are for adapters: name the layout to convert to, with to (--to)")
+        return copy(Path(source), Path(output), Options(**options))
+    from sdmerge.lora.convert import Conversion, convert_adapter
+
+    conversion = Conversion(
+        to=to,
+        form=form,
+        allow_loss=allow_loss,
+        adapter_config=None if adapter_config is None else Path(adapter_config),
+        base=None if base is None else Path(base),
+    )
+    return convert_adapter(Path(source), Path(output), conversion, Options(**options))
 
 
 def combinations(over: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from sdformats.layout import Detection
-    from sdformats.tensor import TensorSource
+    from sdformats.tensor import Spec, TensorSink, TensorSource
     from sdmerge.options import Options
     from sdmerge.recipe import Recipe
     from sdmerge.step import Plan
 
     Opened = tuple[TensorSource, Detection]
+    MakeSink = Callable[[Path, Mapping[str, Spec], Mapping[str, str]], TensorSink]
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,13 @@ def execute(recipes: Sequence[Recipe], targets: Sequence[Path], options: Options
             _check_output(target, plan, options)
         check_sha256(first, opened)
         if options.dry_run:
-            return [_report(plan, target, started) for plan, target in zip(plans, targets, strict=True)]
+            return [report_of(plan, target, started) for plan, target in zip(plans, targets, strict=True)]
         inputs = provenance.describe_inputs(plans[0].sources, [*first.ids, *(["VAE"] if vae else [])], options)
         metadata = [
             provenance.merge_metadata(plan, recipe, inputs, options, target)
             for plan, recipe, target in zip(plans, recipes, targets, strict=True)
         ]
-        return _write(plans, metadata, targets, options, started, "merging")
+        return write_plans(plans, metadata, targets, options, started, "merging")
 
 
 def copy(source: Path, target: Path, options: Options) -> Report:
@@ -98,9 +99,9 @@ def copy(source: Path, target: Path, options: Options) -> Report:
             plan = plan_copy(opened, seen, options)
         _check_output(target, plan, options)
         if options.dry_run:
-            return _report(plan, target, started)
+            return report_of(plan, target, started)
         metadata = provenance.convert_metadata(opened)
-        return _write([plan], [metadata], [target], options, started, "converting")[0]
+        return write_plans([plan], [metadata], [target], options, started, "converting")[0]
 
 
 def check_sha256(recipe: Recipe, opened: Mapping[str, Opened]) -> None:
@@ -169,38 +170,50 @@ def shown(options: Options, label: str, total: int) -> AbstractContextManager[Ca
     return options.progress(label, total)
 
 
-def _write(
+def write_plans(
     plans: Sequence[Plan],
     metadata: Sequence[Mapping[str, str]],
     targets: Sequence[Path],
     options: Options,
     started: float,
     label: str,
+    make_sink: MakeSink | None = None,
 ) -> list[Report]:
+    """Run plans over the same inputs, and write one output for each.
+
+    Args:
+        started: when the command began, as `time.perf_counter` told it.
+        label: what the progress is called.
+        make_sink: begins an output; None: a folder where the first input is one, else one file.
+    """
     from sdmerge.run import run
 
     with ExitStack() as stack:
         outputs = []
         for plan, texts, target in zip(plans, metadata, targets, strict=True):
-            sink = create_sink(target, plan.specs, texts, like=plan.sources[0], overwrite=options.overwrite)
+            if make_sink is None:
+                sink = create_sink(target, plan.specs, texts, like=plan.sources[0], overwrite=options.overwrite)
+            else:
+                sink = make_sink(target, plan.specs, texts)
             outputs.append((plan, stack.enter_context(sink)))
         with shown(options, label, sum(plan.cost for plan in plans)) as advance:
             findings = run(outputs, options, advance)
         for source in plans[0].sources:
             source.verify()
     return [
-        _report(plan, target, started, findings.nonfinite, findings.overflowed)
+        report_of(plan, target, started, findings.nonfinite, findings.overflowed)
         for plan, target in zip(plans, targets, strict=True)
     ]
 
 
-def _report(
+def report_of(
     plan: Plan,
     target: Path,
     started: float,
     nonfinite: Mapping[str, int] | None = None,
     overflowed: Mapping[str, int] | None = None,
 ) -> Report:
+    """Say what was done; without `nonfinite`, what would be."""
     counts: dict[str, int] = {}
     for step in plan.steps:
         counts[step.why] = counts.get(step.why, 0) + 1

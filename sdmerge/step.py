@@ -41,7 +41,7 @@ class Step:
     Attributes:
         name: its name there.
         spec: its shape and type there.
-        reads: what it is made from. Their shapes equal the output's unless `whole`.
+        reads: what it is made from; nothing for a constant. Their shapes equal the output's unless `whole`.
         compute: takes the reads as stored (fp8 with a factor as float32) and the index of the block's first element, and
             returns the result in float32 or float64, to be rounded once. None: the first read is copied.
         whole: `compute` needs whole tensors; otherwise it is given blocks, flattened.
@@ -101,6 +101,8 @@ def ordered(steps: list[Step], sources: tuple[TensorSource, ...]) -> tuple[Step,
     index = {id(source): i for i, source in enumerate(sources)}
 
     def place(step: Step) -> tuple[int, int, int]:
+        if not step.reads:  # a constant
+            return (-1, 0, 0)
         first = step.reads[0]
         return (index[id(first.source)], *first.source.position(first.key))
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Opener = Callable[[Path], TensorSource]
 
 INDEX = "model_index.json"
+PEFT_CONFIG = "adapter_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _NO_MODEL = ("scheduler", "tokenizer", "feature_extractor", "image_processor", "processor")
@@ -122,6 +123,11 @@ def open_folder(path: Path, opener: Opener) -> TensorSource:
         UnknownFormat: there is no model in it, or more than one reading.
         FormatError: as the files are.
     """
+    adapters = _peft_adapters(path)
+    if "" in adapters:
+        return opener(adapters[""])
+    if adapters:
+        return FolderSource(path, [(f"{name}.", opener(weights)) for name, weights in adapters.items()])
     components = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith((".", *_NO_MODEL))]
     own = _choose(path, of_pipeline=(path / INDEX).is_file())
     chosen = {p.name: choice for p in components if (choice := _choose(p)) is not None}
@@ -162,6 +168,19 @@ def _open_components(path: Path, chosen: Mapping[str, _Choice], opener: Opener, 
 
 def _stem(name: str) -> str:
     return name.partition(".")[0].partition("-000")[0]
+
+
+def _peft_adapters(path: Path) -> dict[str, Path]:
+    """Return the weights of PEFT adapters: of the folder itself (""), or of the folders in it."""
+    found = {}
+    for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))):
+        if not (folder / PEFT_CONFIG).is_file():
+            continue
+        weights = [folder / f"adapter_model{suffix}" for suffix in _WEIGHTS]
+        there = [file for file in weights if file.is_file()]
+        if there:
+            found["" if folder == path else folder.name] = there[0]
+    return found
 
 
 def _choose(folder: Path, *, of_pipeline: bool = False) -> _Choice | None:

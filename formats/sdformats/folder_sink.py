@@ -22,13 +22,15 @@ from typing import TYPE_CHECKING
 from sdformats.errors import OutputExists, WriteError
 from sdformats.output import SUFFIX, check_room, stem, sync_folder, temporary_name
 from sdformats.safetensors import SafetensorsSink
-from sdformats.tensor import Spec, TensorSink
+from sdformats.tensor import TensorSink
 
 if sys.platform != "win32":
     import fcntl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+
+    from sdformats.tensor import Spec
 
 INDEX = "model_index.json"
 _SIDE_FILES = {".json", ".txt", ".model", ".yaml"}
@@ -42,14 +44,16 @@ _AT_FDCWD = -100
 
 
 class FolderSink(TensorSink):
-    """A diffusers folder being written: one safetensors file for each component, the rest copied from another folder.
+    """A folder being written: safetensors files, and files of text beside them, given or copied from another folder.
 
     Args:
         path: where the folder will be.
-        specs: every tensor, named ``component.key``.
+        specs: every tensor; of a diffusers folder, named ``component.key``.
         metadata: texts for the header of each file.
-        template: the folder from which configs, tokenizers and the like are taken.
-        overwrite: whether an existing diffusers folder may be replaced. No other folder ever is.
+        template: the folder from which configs, tokenizers and the like are taken; None: from none.
+        place: returns a tensor's file inside the folder, and its name there.
+        texts: other files: what is in them, by their name inside the folder.
+        overwrite: whether an existing folder of the same kind may be replaced. No other folder ever is.
 
     Raises:
         OutputExists, WriteError: before anything is created.
@@ -60,18 +64,25 @@ class FolderSink(TensorSink):
         path: Path,
         specs: Mapping[str, Spec],
         metadata: Mapping[str, str],
-        template: Path,
+        template: Path | None,
         *,
+        place: Callable[[str], tuple[str, str]] | None = None,
+        texts: Mapping[str, str] | None = None,
         overwrite: bool = False,
     ) -> None:
         self.path = path
         self.target = Path(os.path.realpath(path))
         self._overwrite = overwrite
         self._template = template
+        self._texts = dict(texts or {})
+        self._place = place or _component_place
         self._sinks: dict[str, SafetensorsSink] = {}
         self._work: Path | None = None
         self._lock: int | None = None
-        components = _by_component(specs)
+        files: dict[str, dict[str, Spec]] = {}
+        for name, spec in specs.items():
+            file, key = self._place(name)
+            files.setdefault(file, {})[key] = spec
         recover(self.target)
         self._check_target()
         check_room(path, self.target.parent, sum(spec.nbytes for spec in specs.values()))
@@ -79,10 +90,10 @@ class FolderSink(TensorSink):
             self._work = temporary_name(self.target)
             self._work.mkdir()
             self._lock = _lock(self._work)
-            for component, inside in components.items():
-                folder = self._work / component
-                folder.mkdir()
-                self._sinks[component] = SafetensorsSink(folder / _weights_name(component), inside, metadata)
+            for file, inside in files.items():
+                target = self._work / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._sinks[file] = SafetensorsSink(target, inside, metadata)
         except OSError as error:
             self.abort()
             raise WriteError(f"cannot be written: {error.strerror or error}", path=path) from error
@@ -92,8 +103,8 @@ class FolderSink(TensorSink):
 
     def write(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `TensorSink.write`."""
-        component, _, key = name.partition(".")
-        self._sinks[component].write(key, offset, buffer)
+        file, key = self._place(name)
+        self._sinks[file].write(key, offset, buffer)
 
     def commit(self) -> None:
         """See `TensorSink.commit`."""
@@ -101,11 +112,7 @@ class FolderSink(TensorSink):
         try:
             for sink in self._sinks.values():
                 sink.commit()
-            for source in _side_files(self._template):
-                place = self._work / source.relative_to(self._template)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, place)
-                _sync_file(place)
+            self._write_side_files(self._work)
             for folder in sorted({p.parent for p in self._work.rglob("*")}, reverse=True):
                 sync_folder(folder)
             self._check_target()
@@ -118,6 +125,18 @@ class FolderSink(TensorSink):
             raise
         self._work = None
         self._unlock()
+
+    def _write_side_files(self, work: Path) -> None:
+        for source in _side_files(self._template) if self._template is not None else ():
+            place = work / source.relative_to(self._template or source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, place)
+            _sync_file(place)
+        for name, text in self._texts.items():
+            place = work / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(text, encoding="utf-8")
+            _sync_file(place)
 
     def abort(self) -> None:
         """See `TensorSink.abort`."""
@@ -142,10 +161,11 @@ class FolderSink(TensorSink):
             return
         if not self._overwrite:
             raise OutputExists("exists already", path=self.path, advice="pass --overwrite, or choose another name")
-        if not self.target.is_dir() or not ((self.target / INDEX).is_file() or not any(self.target.iterdir())):
-            raise OutputExists(
-                "is no diffusers folder and is not replaced", path=self.path, advice="choose another name"
-            )
+        marks = list(self._texts) or [INDEX]
+        alike = self.target.is_dir() and all((self.target / mark).is_file() for mark in marks)
+        if not alike and not (self.target.is_dir() and not any(self.target.iterdir())):
+            what = "no folder of this kind" if self._texts else "no diffusers folder"
+            raise OutputExists(f"is {what} and is not replaced", path=self.path, advice="choose another name")
 
     def _publish(self, work: Path) -> None:
         replaced = self.target.exists()
@@ -210,14 +230,11 @@ def _lock(folder: Path) -> int | None:
     return fd
 
 
-def _by_component(specs: Mapping[str, Spec]) -> dict[str, dict[str, Spec]]:
-    found: dict[str, dict[str, Spec]] = {}
-    for name, spec in specs.items():
-        component, dot, key = name.partition(".")
-        if not dot or not _COMPONENT.fullmatch(component):
-            raise WriteError("names no component of a diffusers folder", key=name, expected="component.key")
-        found.setdefault(component, {})[key] = spec
-    return found
+def _component_place(name: str) -> tuple[str, str]:
+    component, dot, key = name.partition(".")
+    if not dot or not _COMPONENT.fullmatch(component):
+        raise WriteError("names no component of a diffusers folder", key=name, expected="component.key")
+    return f"{component}/{_weights_name(component)}", key
 
 
 def _weights_name(component: str) -> str:

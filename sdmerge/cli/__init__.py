@@ -27,10 +27,14 @@ COMMANDS = {
     "verify": ("sdmerge.cli.verify:verify", "Derive a merge again from its recipe, and compare every byte."),
     "diff": ("sdmerge.cli.diff:diff", "Compare two models, by block and by tensor."),
     "methods": ("sdmerge.cli.methods:methods", "List the merge methods, or explain one."),
+    "layouts": ("sdmerge.cli.layouts:layouts", "List the adapter layouts, and what they can hold."),
     "blocks": ("sdmerge.cli.blocks:blocks", "Show which tensors each block of a family holds."),
     "inspect": ("sdmerge.cli.inspect:inspect", "Say what a model file is and holds."),
     "hash": ("sdmerge.cli.hash:hash_command", "Print the hashes by which model files are known."),
-    "convert": ("sdmerge.cli.convert:convert", "Write a model as safetensors, names kept."),
+    "convert": (
+        "sdmerge.cli.convert:convert",
+        "Write a model as safetensors, names kept; or an adapter in another layout.",
+    ),
     "demo": ("sdmerge.cli.demo:demo", "Merge three tiny models and paint what they learned."),
 }
 """Name → where the command is, and its first line of help (which a test holds equal to the command's own)."""

@@ -12,9 +12,30 @@ from sdmerge.cli import options
 @click.command("convert")
 @click.argument("source", metavar="IN", type=click.Path())
 @click.argument("output", metavar="OUT", type=click.Path())
-@options.output_options
+@click.option("--to", metavar="LAYOUT", help="For adapters: the layout to write; `sdmerge layouts` lists them.")
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["lora", "full"]),
+    help="For adapters: turn every algorithm into LoRA, or into whole differences.",
+)
+@click.option("--allow-loss", is_flag=True, help="For adapters: leave out what the layout cannot hold, and say so.")
+@click.option(
+    "--adapter-config",
+    type=click.Path(),
+    metavar="FILE",
+    help="PEFT's adapter_config.json, where it is not beside the file.",
+)
+@click.option(
+    "--base",
+    type=click.Path(),
+    metavar="MODEL",
+    help="The model that the adapter is for, where a change depends on its weights.",
+)
+@options.output_options  # fmt: skip
 def convert(source: str, output: str, as_json: bool, **given: Any) -> None:
-    """Write a model as safetensors, names kept."""
+    """Write a model as safetensors, names kept; or an adapter in another layout."""
     from sdmerge import api
 
-    options.show([api.convert(source, output, **options.api_options(given))], as_json=as_json)
+    chosen = {name: given.pop(name) for name in ("to", "form", "allow_loss", "adapter_config", "base")}
+    options.show([api.convert(source, output, **chosen, **options.api_options(given))], as_json=as_json)

@@ -45,6 +45,7 @@ def _show(entry: dict[str, Any]) -> None:
         ("size", f"{screen.human(entry['bytes'])}, {entry['tensors']:,} tensors"),
         ("parameters", f"{entry['parameters']:,}"),
         *((f"  {part}", f"{count:,}") for part, count in entry["components"].items()),
+        *_adapter(entry),
         ("types", ", ".join(f"{dtype} {count:,}" for dtype, count in entry["dtypes"].items()) or "none"),
     ]
     if entry["metadata"]:
@@ -56,6 +57,24 @@ def _show(entry: dict[str, Any]) -> None:
     if "list" in entry:
         listed = [(t["name"], t["dtype"], "x".join(map(str, t["shape"])) or "scalar") for t in entry["list"]]
         screen.table("", ("tensor", "type", "shape"), listed)
+
+
+def _adapter(entry: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what there is to say about an adapter."""
+    if "algorithms" not in entry:
+        return []
+    rows = [("algorithms", ", ".join(entry["algorithms"])), ("modules", f"{entry['modules']:,}")]
+    for name in ("ranks", "alphas"):
+        spread = entry[name]
+        rows.append((name, "unknown" if spread is None else _spread(spread)))
+    rows.append(("blocks", ", ".join(f"{block} {count}" for block, count in entry["blocks"].items())))
+    return rows + ([("embeddings", ", ".join(entry["embeddings"]))] if entry["embeddings"] else [])
+
+
+def _spread(spread: dict[str, float]) -> str:
+    if spread["min"] == spread["max"]:
+        return f"{spread['min']:g}"
+    return f"{spread['min']:g} to {spread['max']:g}, median {spread['median']:g}"
 
 
 def _shortened(value: str) -> str:

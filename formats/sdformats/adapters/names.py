@@ -200,3 +200,24 @@ def transformer() -> tuple[str, ...]:
     """Return the modules of Flux's and SD3's transformers as diffusers names them."""
     paths = (path for table in (flux(), sd3()) for fusion in table.values() for path in fusion.parts)
     return tuple(dict.fromkeys(paths))
+
+
+_WIDE_KERNELS = ("conv1", "conv2", "conv_in", "conv_out", "downsamplers.0.conv", "upsamplers.0.conv")
+
+
+def kernel_of(path: str, family: str | None) -> tuple[int, int] | None:
+    """Return the kernel of a module of a UNet; None for a matrix.
+
+    Args:
+        path: the module, behind its component.
+        family: SD1 projects into and out of its attention by convolutions of one pixel, the others by matrices.
+    """
+    if not path.startswith("unet.") or ".transformer_blocks." in path or path.startswith("unet.transformer_blocks."):
+        return None
+    if path.endswith(_WIDE_KERNELS):
+        return (3, 3)
+    if path.endswith("conv_shortcut") or (
+        path.endswith(("proj_in", "proj_out")) and family == "sd1" and "attentions" in path
+    ):
+        return (1, 1)
+    return None

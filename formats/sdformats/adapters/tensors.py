@@ -290,8 +290,7 @@ def numbers(ref: Ref) -> list[float]:
     if ref.spec.numel > _MOST_NUMBERS or ref.spec.dtype not in _READERS:
         where = next(ref.stored())
         raise CorruptFile(f"is {ref.spec}", path=where.source.path, key=where.key, expected="one number")
-    values: Any = _READERS[ref.spec.dtype](bits(ref).reshape(-1))
-    return [float(value) for value in values]
+    return [float(value) for value in _READERS[ref.spec.dtype](bits(ref).reshape(-1))]
 
 
 def number(ref: Ref) -> float:
@@ -317,7 +316,7 @@ _READERS: Mapping[DType, Callable[[Any], Any]] = {
 
 def constant(value: float, dtype: DType) -> Constant:
     """Return a scalar in the type of the tensors beside it where that holds the number exactly, else in F32."""
-    wanted = {DType.F16: np.float16, DType.F32: np.float32}
+    wanted: dict[DType, Any] = {DType.F16: np.float16, DType.F32: np.float32}
     with np.errstate(over="ignore"):
         if dtype in wanted and float(wanted[dtype](value)) == value:
             return Constant((value,), dtype)

@@ -1,0 +1,1 @@
+"""Work on adapters: converting, baking, extracting, resizing and merging them."""

@@ -1,0 +1,192 @@
+"""Convert an adapter into another layout: names, and factors only where the layout needs it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from sdformats.adapters import open_adapter
+from sdformats.adapters.layouts import LAYOUTS
+from sdformats.adapters.names import kernel_of
+from sdformats.adapters.reading import check_holds, needs_of
+from sdformats.files import open_source
+from sdformats.folder_sink import FolderSink
+from sdformats.safetensors import SafetensorsSink
+from sdmerge.errors import RequestError, nearest
+from sdmerge.execute import report_of, write_plans
+from sdmerge.lora.algebra import as_full, as_lora
+from sdmerge.lora.places import Places
+from sdmerge.lora.refs import fold, in_type, step_of
+from sdmerge.policy import Notes
+from sdmerge.step import Plan, ordered
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from sdformats.adapters.adapter import Adapter
+    from sdformats.adapters.layout import AdapterLayout, Written
+    from sdformats.adapters.record import Record
+    from sdformats.tensor import Spec, TensorSink, TensorSource
+    from sdmerge.execute import Report
+    from sdmerge.options import Options
+
+Form = Literal["lora", "full"]
+_OF_OLD_BYTES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What an adapter is to become.
+
+    Attributes:
+        to: the layout's name.
+        form: ``lora`` or ``full`` turns every record into that; None: algorithms stay.
+        allow_loss: leave out what the layout cannot hold, instead of refusing.
+        adapter_config: PEFT's settings, where they are not beside the file.
+        base: the model that an adapter is for, where a change depends on its weights or its shapes.
+    """
+
+    to: str
+    form: Form | None = None
+    allow_loss: bool = False
+    adapter_config: Path | None = None
+    base: Path | None = None
+
+
+def layout_named(name: str) -> AdapterLayout:
+    """Return a layout.
+
+    Raises:
+        RequestError: there is none of that name.
+    """
+    known = {layout.name: layout for layout in LAYOUTS}
+    if name not in known:
+        raise RequestError(f"{name!r} is no layout (`sdmerge layouts` lists them){nearest(name, known)}")
+    return known[name]
+
+
+def convert_adapter(source: Path, target: Path, conversion: Conversion, options: Options) -> Report:
+    """Write an adapter in another layout.
+
+    Raises:
+        sdformats.errors.FormatError: a file cannot be read or written; `CannotHold` where the layout has no place for
+            something.
+        sdmerge.errors.SdmergeError: the request cannot be fulfilled.
+    """
+    started = time.perf_counter()
+    layout = layout_named(conversion.to)
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_source(source))
+        adapter, before = open_adapter(opened, conversion.adapter_config)
+        notes = Notes()
+        notes.add(f"{before.name} to {layout.name}")
+        for note in adapter.notes:
+            notes.add(note)
+        adapter = replace(adapter, family=options.family or adapter.family)
+        base = stack.enter_context(open_source(conversion.base)) if conversion.base is not None else None
+        adapter = _formed(adapter, conversion, base)
+        adapter = mapped(adapter, options)
+        if conversion.allow_loss:
+            adapter = _without_loss(layout, adapter, notes)
+        check_holds(layout, adapter)
+        written = layout.write(layout, adapter, fold) if layout.write is not None else None
+        assert written is not None, "check_holds refuses layouts that are only read"
+        plan = plan_of(written, (opened, *([base] if base is not None else [])), adapter.family, notes)
+        _check_target(target, folder=bool(written.texts))
+        if options.dry_run:
+            return report_of(plan, target, started)
+        make_sink = partial(_sink, texts=written.texts, overwrite=options.overwrite)
+        metadata = metadata_of(written.metadata)
+        return write_plans([plan], [metadata], [target], options, started, "converting", make_sink)[0]
+
+
+def mapped(adapter: Adapter, options: Options) -> Adapter:
+    """Return an adapter with its tensors in the output's type."""
+    change = partial(in_type, dtype=options.output_type)
+    modules = {path: record.map(change) for path, record in adapter.modules.items()}
+    embeddings = {word: {key: change(ref) for key, ref in inner.items()} for word, inner in adapter.embeddings.items()}
+    return replace(adapter, modules=modules, embeddings=embeddings)
+
+
+def _formed(adapter: Adapter, conversion: Conversion, base: TensorSource | None) -> Adapter:
+    """Turn every record into the form asked for."""
+    if conversion.form is None:
+        return adapter
+    places = Places(base, adapter.family) if base is not None else None
+    modules: dict[str, Record] = {}
+    for path, record in adapter.modules.items():
+        kernel = kernel_of(path, adapter.family)
+        weight = places.weight(path) if places is not None else None
+        if conversion.form == "lora":
+            if weight is not None:
+                kernel = (weight.shape[2], weight.shape[3]) if len(weight.shape) == 4 else None
+            modules[path] = record if record.algorithm in ("norm", "full") else as_lora(path, record, kernel)
+            continue
+        shape = weight.shape if weight is not None else _shape(record, kernel)
+        modules[path] = as_full(path, record, weight, shape)
+    return replace(adapter, modules=modules)
+
+
+def _shape(record: Record, kernel: tuple[int, int] | None) -> tuple[int, ...] | None:
+    """Return the weight's shape by its module's kernel, for records that only know the flattened matrix."""
+    if kernel is None or record.algorithm not in ("loha", "lokr") or record.height is None or record.columns is None:
+        return None
+    if any(len(ref.shape) == 4 for _, ref in record.refs):
+        return None
+    return (record.height, record.columns // (kernel[0] * kernel[1]), *kernel)
+
+
+def _without_loss(layout: AdapterLayout, adapter: Adapter, notes: Notes) -> Adapter:
+    """Leave out what a layout cannot hold, and say so."""
+    modules: dict[str, Record] = {}
+    for path, record in adapter.modules.items():
+        lost = sorted(needs_of(record) - layout.holds)
+        if lost:
+            notes.add(f"left out, as {layout.name} cannot hold {', '.join(lost)}", path)
+            continue
+        if layout.naming is not None and layout.naming.module(path, adapter.family) is None:
+            notes.add(f"left out, as {layout.name} has no name for it", path)
+            continue
+        modules[path] = record
+    embeddings = adapter.embeddings
+    if embeddings and "embeddings" not in layout.holds:
+        for word in embeddings:
+            notes.add(f"left out, as {layout.name} cannot hold embeddings", word)
+        embeddings = {}
+    return replace(adapter, modules=modules, embeddings=embeddings)
+
+
+def plan_of(written: Written, sources: tuple[TensorSource, ...], family: str | None, notes: Notes) -> Plan:
+    """Return the plan that writes what a layout made."""
+    steps = [step_of(name, ref) for name, ref in written.tensors.items()]
+    return Plan(ordered(steps, sources), tuple(written.tensors), sources, notes.lines(), family)
+
+
+def metadata_of(texts: Mapping[str, str]) -> dict[str, str]:
+    """Return the output's metadata: what is known, but for hashes of the old bytes."""
+    return {key: value for key, value in texts.items() if key not in _OF_OLD_BYTES} | {"format": "pt"}
+
+
+def _check_target(target: Path, *, folder: bool) -> None:
+    if not folder and target.suffix != ".safetensors":
+        raise RequestError(f"{target}: outputs are safetensors files (expected a name that ends in .safetensors)")
+    if folder and target.suffix:
+        raise RequestError(f"{target}: this layout is a folder (expected a name without an ending)")
+
+
+def _sink(
+    target: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], *, texts: Mapping[str, str], overwrite: bool
+) -> TensorSink:
+    if not texts:
+        return SafetensorsSink(target, specs, metadata, overwrite=overwrite)
+    return FolderSink(target, specs, metadata, None, place=_file_and_name, texts=texts, overwrite=overwrite)
+
+
+def _file_and_name(name: str) -> tuple[str, str]:
+    """Take ``folder/file.safetensors/tensor`` apart."""
+    file, _, key = name.partition(".safetensors/")
+    return f"{file}.safetensors", key

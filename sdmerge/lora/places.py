@@ -1,0 +1,168 @@
+"""Where an adapter's modules are in a model: which tensor, which of its rows, in any spelling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from sdformats.adapters import names
+from sdformats.adapters.tensors import Ref, Stored, rows
+from sdformats.layout import DIFFUSERS, detect
+from sdmerge.errors import MismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from sdformats.tensor import TensorSource
+
+_UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+_OPEN_CLIP = {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2"}
+_ENCODERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "te1": (
+        (
+            "text_encoder.",
+            "cond_stage_model.transformer.",
+            "conditioner.embedders.0.transformer.",
+            "text_encoders.clip_l.transformer.",
+            "text_encoders.clip_h.transformer.",
+        ),
+        ("cond_stage_model.model.",),
+    ),
+    "te2": (
+        ("text_encoder_2.", "conditioner.embedders.1.transformer.", "text_encoders.clip_g.transformer."),
+        ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
+    ),
+    "te3": (("text_encoder_3.", "text_encoder_2.", "text_encoders.t5xxl.transformer."), ()),
+}
+"""Prefixes of each text encoder's tensors: with transformers' names, and with OpenCLIP's."""
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module is.
+
+    Attributes:
+        weight: the tensor's name.
+        bias: its bias's name, where there is one.
+        index, shares: which part of the tensor's rows it is; (0, (1,)) for all of them.
+        transposed: whether the tensor is (in, out).
+        swapped: whether the halves of the rows are the other way round.
+    """
+
+    weight: str
+    bias: str
+    index: int = 0
+    shares: tuple[int, ...] = (1,)
+    transposed: bool = False
+    swapped: bool = False
+
+    def range_of(self, rows_in_all: int) -> tuple[int, int]:
+        """Return the first row and the one after the last."""
+        unit = rows_in_all // sum(self.shares)
+        edges = [0, *(unit * total for total in accumulate(self.shares))]
+        return edges[self.index], edges[self.index + 1]
+
+
+class Places:
+    """The modules of one model.
+
+    Args:
+        source: the model, open.
+        family: what it is; None: as its structure tells.
+
+    Raises:
+        sdformats.errors.FormatError: the structure tells two families.
+    """
+
+    def __init__(self, source: TensorSource, family: str | None = None) -> None:
+        self.source = source
+        seen = detect(source.specs, family=family)
+        self.family = family or seen.family
+        self._diffusers = seen.spelling == DIFFUSERS
+
+    def find(self, path: str) -> Place | None:
+        """Return a module's place, or None where the model has none for it."""
+        for place in self._candidates(path):
+            if place.weight in self.source.specs:
+                return place
+        return None
+
+    def weight(self, path: str) -> Ref | None:
+        """Return a module's weight, to be read; None where the model has none.
+
+        Raises:
+            MismatchError: it is stored transposed, which only a text projection is.
+        """
+        place = self.find(path)
+        if place is None:
+            return None
+        if place.transposed:
+            raise MismatchError(f"{self.source.path}: {place.weight!r} is stored transposed")
+        stored = Stored(self.source, place.weight)
+        return rows(stored, *place.range_of(stored.shape[0]))
+
+    def _candidates(self, path: str) -> Iterator[Place]:
+        component, _, rest = path.partition(".")
+        if component == "unet":
+            yield from self._network(rest)
+        else:
+            yield from self._text(component, rest)
+
+    def _network(self, rest: str) -> Iterator[Place]:
+        if self._diffusers:
+            for prefix in ("unet.", "transformer.", ""):
+                yield _place(prefix + rest)
+            return
+        found = self._fused.get(rest)
+        for prefix in _UNET_PREFIXES:
+            if found is not None:
+                theirs, index, fusion = found
+                name = prefix + theirs
+                yield Place(f"{name}.weight", f"{name}.bias", index, fusion.shares, swapped=fusion.swapped)
+
+    @cached_property
+    def _fused(self) -> Mapping[str, tuple[str, int, names.Fusion]]:
+        """Return the single file's module, and which part of it, by each of ours."""
+        if self.family in ("flux", "sd3"):
+            table = names.flux() if self.family == "flux" else names.sd3()
+        else:
+            shallow = self.family in ("sd1", "sd2", "sdxl-refiner")
+            table = {theirs: names.one(ours) for ours, theirs in names.sgm_of_unet(shallow_first=shallow).items()}
+        return {path: (theirs, i, fusion) for theirs, fusion in table.items() for i, path in enumerate(fusion.parts)}
+
+    def _text(self, component: str, rest: str) -> Iterator[Place]:
+        """Yield where a text encoder's module may be: transformers' names behind some prefix, or OpenCLIP's."""
+        prefixes, open_clip = _ENCODERS[component]
+        for prefix in (*prefixes, ""):
+            yield _place(prefix + rest)
+        # transformers 5 leaves text_model. out of what it saves, too.
+        if rest.startswith("text_model."):
+            yield from (_place(prefix + rest.removeprefix("text_model.")) for prefix in prefixes)
+        for prefix in open_clip:
+            yield from _open_clip(prefix, rest)
+
+
+def _place(module: str) -> Place:
+    return Place(f"{module}.weight", f"{module}.bias")
+
+
+def _open_clip(prefix: str, rest: str) -> Iterator[Place]:
+    """Yield OpenCLIP's names: q, k and v are the rows of one tensor, and the text projection is transposed."""
+    if rest == "text_projection":
+        yield Place(f"{prefix}text_projection", "", transposed=True)
+    parts = rest.split(".", 4)
+    if parts[:3] == ["text_model", "encoder", "layers"] and len(parts) == 5:
+        block, inner = f"{prefix}transformer.resblocks.{parts[3]}.", parts[4]
+        attention, _, name = inner.partition(".")
+        if attention == "self_attn" and name in _QKV:
+            in_proj = f"{block}attn.in_proj_"
+            yield Place(f"{in_proj}weight", f"{in_proj}bias", _QKV.index(name), (1, 1, 1))
+        elif inner == "self_attn.out_proj":
+            yield _place(f"{block}attn.out_proj")
+        elif inner in _OPEN_CLIP:
+            yield _place(block + _OPEN_CLIP[inner])
+    elif rest == "text_model.final_layer_norm":
+        yield _place(f"{prefix}ln_final")
