@@ -189,6 +189,9 @@ def sd3() -> Mapping[str, Fusion]:
                 f"{theirs}mlp.fc1": one(f"{ours}{mine}.net.0.proj"),
                 f"{theirs}mlp.fc2": one(f"{ours}{mine}.net.2"),
             }
+        for theirs, mine in ((f"{x}attn.ln_", "attn.norm_"), (f"{x}attn2.ln_", "attn2.norm_")):
+            found |= {f"{theirs}{c}": one(f"{ours}{mine}{c}") for c in "qk"}
+        found |= {f"{context}attn.ln_{c}": one(f"{ours}attn.norm_added_{c}") for c in "qk"}
         found[f"{x}adaLN_modulation.1"] = one(f"{ours}norm1.linear")
         found[f"{context}adaLN_modulation.1"] = one(f"{ours}norm1_context.linear")
     found["final_layer.adaLN_modulation.1"] = Fusion(("norm_out.linear",), (1,), swapped=True)
