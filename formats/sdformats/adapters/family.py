@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sdformats.adapters.adapter import Adapter
 
 _BY_TEXT_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner"}
-_FLUX_WIDTH, _SD3_WIDTHS = 3072, (1536, 2432)
+_FLUX_WIDTH, SD3_WIDTHS = 3072, (1536, 2432)
 _DEEPER = re.compile(r"unet\..*\.transformer_blocks\.[1-9]\d*\.")
 _LATER_LAYER = re.compile(r"te1\.text_model\.encoder\.layers\.(1[2-9]|2\d)\.")
 _TRAINERS = (
@@ -50,7 +50,7 @@ def _transformer(adapter: Adapter) -> str | None:
         if path.startswith("unet.transformer_blocks.") and path.endswith((".attn.to_q", ".attn.to_k", ".attn.to_v")):
             if record.columns == _FLUX_WIDTH:
                 return "flux"
-            if record.columns in _SD3_WIDTHS:
+            if record.columns in SD3_WIDTHS:
                 return "sd3"
     return _told(adapter.metadata)
 

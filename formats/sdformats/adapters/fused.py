@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdformats.adapters.errors import CannotHold
+from sdformats.adapters.family import SD3_WIDTHS
 from sdformats.adapters.records import IA3, Full, GLoRA, LoHa, LoKr, LoRA, Rows
 from sdformats.adapters.tensors import Blocks, Part, Ref, bits, first_rows, joined, rows, same
 from sdformats.errors import CorruptFile
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 def cut(record: Record, ranges: tuple[Range, ...]) -> Record:
     """Return a record for some of the module's rows, one range after the other."""
     if isinstance(record, Rows):
-        return replace(record, ranges=_composed(record.ranges, ranges))
+        found = _composed(record.ranges, ranges)
+        return record.of if found == ((0, record.of.height),) else replace(record, ranges=found)
     whole = record.height
     if ranges == ((0, whole),):
         return record
@@ -64,12 +66,30 @@ def _composed(outer: tuple[Range, ...], inner: tuple[Range, ...]) -> tuple[Range
         for (first, _), (left, right) in zip(outer, pairwise(edges), strict=True):
             low, high = max(start, left), min(stop, right)
             if low < high:
-                found.append((first + low - left, first + high - left))
+                one = (first + low - left, first + high - left)
+                if found and found[-1][1] == one[0]:
+                    one = (found.pop()[0], one[1])
+                found.append(one)
     return tuple(found)
+
+
+def is_swapped(record: Record, fusion: Fusion) -> bool:
+    """Whether the halves of a module's rows are the other way round in the file."""
+    if not fusion.swapped_alone or record.height is None:
+        return fusion.swapped
+    widths = SD3_WIDTHS if record.columns is None else (record.columns,)
+    return record.height in (2 * width for width in widths)
+
+
+def _alike_in_rows(record: Record) -> bool:
+    """Whether a record does the same to all rows, so that it is also that of any of them."""
+    return record.height is None and record.row_fields == {} and record.magnitude is None
 
 
 def swapped(record: Record) -> Record:
     """Return a record whose halves have changed places."""
+    if _alike_in_rows(record):
+        return record
     whole = record.height
     if whole is None or whole % 2:
         raise CorruptFile(f"has {whole} rows, which have no halves")
@@ -85,10 +105,10 @@ def split(record: Record, fusion: Fusion) -> dict[str, Record]:
     Raises:
         CorruptFile: the rows do not divide.
     """
-    if fusion.swapped:
+    if is_swapped(record, fusion):
         record = swapped(record)
-    if len(fusion.parts) == 1:
-        return {fusion.parts[0]: record}
+    if len(fusion.parts) == 1 or _alike_in_rows(record):
+        return dict.fromkeys(fusion.parts, record)
     whole = record.height
     if whole is None:
         raise CorruptFile(f"is {record.algorithm} on a fused module, which does not tell its rows")
@@ -168,7 +188,7 @@ def fuse(module: str, records: Sequence[Record | None], fusion: Fusion, fold: Fo
     there = [record for record in records if record is not None]
     one = len(fusion.parts) == 1
     record = there[0] if one else _whole_again(there, fusion) or _joined(module, records, fusion, fold)
-    return swapped(record) if fusion.swapped else record
+    return swapped(record) if is_swapped(record, fusion) else record
 
 
 def _whole_again(there: Sequence[Record], fusion: Fusion) -> Record | None:
@@ -183,7 +203,13 @@ def _whole_again(there: Sequence[Record], fusion: Fusion) -> Record | None:
     return first.of if in_order and ranges[-1][1] == first.of.height else None
 
 
-_SHARED = {LoHa: ("w1_b", "w2_b"), GLoRA: ("a1", "a2"), LoKr: ("w1_b", "w2", "w2_a", "w2_b", "t2"), Full: (), IA3: ()}
+_SHARED = {
+    LoHa: ("w1_b", "w2_b", "t1", "t2"),
+    GLoRA: ("a1", "a2", "bm"),
+    LoKr: ("w1_b", "w2", "w2_a", "w2_b", "t2"),
+    Full: (),
+    IA3: (),
+}
 
 
 def _joined(module: str, records: Sequence[Record | None], fusion: Fusion, fold: Fold) -> Record:
@@ -192,6 +218,7 @@ def _joined(module: str, records: Sequence[Record | None], fusion: Fusion, fold:
     first = there[0]
     if len(kinds) > 1:
         raise CannotHold("its parts are of several algorithms", key=module, advice="make them one, with --as lora")
+    _check_rows(module, records, fusion)
     if isinstance(first, LoRA):
         return _joined_lora(module, records, fusion, fold)
     shared = _SHARED.get(type(first))
@@ -199,8 +226,7 @@ def _joined(module: str, records: Sequence[Record | None], fusion: Fusion, fold:
     if isinstance(first, GLoRA):
         shared = (*(shared or ()), "b1" if first.old else "b2")
     alike = complete and all(_alike(first, record, shared or ()) for record in there[1:])
-    whole = tuple((0, record.height or 0) for record in there)
-    fields = _row_fields(first, whole[:1]) if alike else None
+    fields = first.row_fields if alike else None
     if fields is None:
         raise CannotHold(
             f"is one module of q, k and v there, which their {first.algorithm} factors cannot be joined to",
@@ -208,16 +234,49 @@ def _joined(module: str, records: Sequence[Record | None], fusion: Fusion, fold:
             advice="convert with --as lora",
         )
     changed: dict[str, Any] = {
-        name: joined([getattr(record, name) for record in there], axis) for name, (axis, _) in fields.items()
+        name: _stacked(module, [getattr(record, name) for record in there], axis) for name, (axis, _) in fields.items()
     }
     return replace(first, **changed, **_joined_sides(module, there))
 
 
+def _check_rows(module: str, records: Sequence[Record | None], fusion: Fusion) -> None:
+    """Refuse parts whose rows are not shared as the module's are."""
+    pairs = zip(records, fusion.shares, strict=True)
+    known = [(record.height, share) for record, share in pairs if record is not None and record.height is not None]
+    for (height, share), (other, other_share) in pairwise(known):
+        if height * other_share != other * share:
+            raise CannotHold(
+                f"has parts of {height} and {other} rows", key=module, expected=f"rows as {share} to {other_share}"
+            )
+
+
+def _stacked(module: str, refs: Sequence[Ref], axis: int = 0) -> Ref:
+    """Join tensors of one type that agree in every other axis."""
+    for other in refs[1:]:
+        _check_type(module, refs[0], other, (axis, axis + 1))
+    return joined(refs, axis)
+
+
+def _check_type(module: str, one: Ref, other: Ref, between: Range) -> None:
+    """Refuse tensors of two types, or of shapes that differ outside of some axes."""
+    if one.spec.dtype is not other.spec.dtype:
+        raise CannotHold(
+            f"has parts of the types {one.spec.dtype} and {other.spec.dtype}",
+            key=module,
+            advice="make them one with --dtype",
+        )
+    start, stop = between
+    if (one.shape[:start], one.shape[stop:]) != (other.shape[:start], other.shape[stop:]):
+        raise CannotHold(f"has parts that do not fit: {one.spec} and {other.spec}", key=module)
+
+
 def _alike(one: Record, other: Record, shared: Sequence[str]) -> bool:
-    if one.alpha != other.alpha:
+    if one.alpha != other.alpha or getattr(one, "old", None) != getattr(other, "old", None):
         return False
     if isinstance(one, IA3) and isinstance(other, IA3) and (one.on_input or other.on_input):
         return one.on_input == other.on_input and same(one.weight, other.weight)
+    if isinstance(one, Full) and isinstance(other, Full):
+        return one.replaces == other.replaces and (one.weight is None) == (other.weight is None)
     pairs = [(getattr(one, name), getattr(other, name)) for name in shared]
     return all((a is None) == (b is None) and (a is None or same(a, b)) for a, b in pairs)
 
@@ -229,12 +288,12 @@ def _joined_sides(module: str, there: Sequence[Record]) -> dict[str, Any]:
     if lengths:
         if len(lengths) < len(there) or any(one.axis == "in" for one in lengths):
             raise CannotHold("is DoRA on a part of a fused module alone, or over its columns", key=module)
-        sides["magnitude"] = replace(lengths[0], values=joined([one.values for one in lengths]))
+        sides["magnitude"] = replace(lengths[0], values=_stacked(module, [one.values for one in lengths]))
     biases = [record.bias for record in there if record.bias is not None]
     if biases:
         if len(biases) < len(there):
             raise CannotHold("changes the bias of a part of a fused module alone", key=module)
-        sides["bias"] = joined(biases)
+        sides["bias"] = _stacked(module, biases)
     return sides
 
 
@@ -251,12 +310,14 @@ def _joined_lora(module: str, records: Sequence[Record | None], fusion: Fusion, 
     first = there[0]
     scales = {record.scale for record in there}
     if complete and len(scales) == 1 and all(same(first.down, record.down) for record in there[1:]):
-        return replace(first, up=joined([record.up for record in there]), **sides)
+        return replace(first, up=_stacked(module, [record.up for record in there]), **sides)
     total = sum(record.rank for record in there)
     scale = first.scale if len(scales) == 1 else 1.0
     ups = [record.up if len(scales) == 1 else fold(record.up, record.scale) for record in there]
     at = next(iter(loras))
     unit = there[0].up.shape[0] // fusion.shares[at]
+    for other in ups[1:]:
+        _check_type(module, ups[0], other, (0, 2))
     up = Blocks(tuple(ups), tuple(unit * share for share in fusion.shares), tuple(loras))
     alpha = None if scale == 1 else scale * total
-    return LoRA(up=up, down=joined([record.down for record in there]), alpha=alpha, **sides)
+    return LoRA(up=up, down=_stacked(module, [record.down for record in there]), alpha=alpha, **sides)

@@ -36,11 +36,13 @@ class Fusion:
         parts: our modules, in the order of the rows; mostly one.
         shares: how many rows each has, as multiples of each other.
         swapped: whether the two halves of the rows are the other way round (shift and scale).
+        swapped_alone: whether they are where there are two, for as many columns each, and not six.
     """
 
     parts: tuple[str, ...]
     shares: tuple[int, ...] = (1,)
     swapped: bool = False
+    swapped_alone: bool = False
 
 
 Table = dict[str, Fusion]
@@ -172,7 +174,7 @@ def sd3() -> Mapping[str, Fusion]:
     """Return SD3's modules: ours, as diffusers names them, by those of its makers.
 
     The last block's context norm is of the kind whose halves are swapped; how many blocks there are differs, so its entry is
-    told by its rows (see `fused.split`).
+    told by its rows (see `fused.is_swapped`).
     """
     found: Table = {"x_embedder.proj": one("pos_embed.proj"), "context_embedder": one("context_embedder")}
     found |= _embedder("time_text_embed.timestep_embedder", "t_embedder", ("mlp.0", "mlp.2"))
@@ -193,7 +195,7 @@ def sd3() -> Mapping[str, Fusion]:
             found |= {f"{theirs}{c}": one(f"{ours}{mine}{c}") for c in "qk"}
         found |= {f"{context}attn.ln_{c}": one(f"{ours}attn.norm_added_{c}") for c in "qk"}
         found[f"{x}adaLN_modulation.1"] = one(f"{ours}norm1.linear")
-        found[f"{context}adaLN_modulation.1"] = one(f"{ours}norm1_context.linear")
+        found[f"{context}adaLN_modulation.1"] = Fusion((f"{ours}norm1_context.linear",), swapped_alone=True)
     found["final_layer.adaLN_modulation.1"] = Fusion(("norm_out.linear",), (1,), swapped=True)
     return found | {"final_layer.linear": one("proj_out")}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
@@ -158,7 +158,7 @@ class Naming:
         """Return our modules, with their component, by a name that `module` gave."""
         for prefix in self.prefixes:
             if module.startswith(prefix.text) and (found := prefix.find(module[len(prefix.text) :])) is not None:
-                return Fusion(tuple(f"{prefix.component}.{part}" for part in found.parts), found.shares, found.swapped)
+                return replace(found, parts=tuple(f"{prefix.component}.{part}" for part in found.parts))
         raise KeyError(module)
 
     def spell(self, module: str, role: str) -> str | None:

@@ -245,6 +245,11 @@ class OFT(Record):
     constraint: float | None = None
     rotations: bool = False
 
+    @property
+    def height(self) -> int:
+        """See `Record`."""
+        return self.blocks.shape[-3] * self.blocks.shape[-1]
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputOFT(Record):
