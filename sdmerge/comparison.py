@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from sdformats.layout import FAMILIES, component_of
 from sdmerge.blocks import table
 from sdmerge.dtypes import TORCH
 from sdmerge.errors import FamilyError
-from sdmerge.execute import open_model
+from sdmerge.execute import open_model, shown
 from sdmerge.measure import Measures, compare
 from sdmerge.options import Options
 from sdmerge.policy import EMA, Notes, View, check_together, view
@@ -183,7 +183,7 @@ def diff(
         RequestError: one is an adapter and the other is not, or an option has no meaning.
         MismatchError: an fp8 tensor's factor does not fit it.
     """
-    options = Options(ema="keep" if ema else "drop", threads=threads, family=family)
+    options = Options(ema="keep" if ema else "drop", threads=threads, family=family, progress=progress)
     notes = Notes()
     with ExitStack() as stack:
         views = []
@@ -197,7 +197,7 @@ def diff(
         found = _laid_out(first, second, known, notes)
         pairs = [(first.tensors[one.name], second.tensors[one.name]) for one in found if _comparable(one)]
         total = sum(read.spec.nbytes for pair in pairs for read in pair)
-        with progress("comparing", total) if progress else nullcontext(lambda _done: None) as advance:
+        with shown(options, "comparing", total) as advance:
             measures = iter(compare(pairs, options.threads, advance))
         for one in views:
             one.source.verify()
@@ -239,9 +239,10 @@ def _laid_out(first: View, second: View, family: str | None, notes: Notes) -> li
     blocks = _blocks_of(names, family)
     spelling = first.detection.spelling or second.detection.spelling
     found = []
+    known = table(family if family in FAMILIES else "sd1")
     for name in names:
         a, b = (one.tensors[name].spec if name in one.tensors else None for one in (first, second))
-        component = _component(name, spelling, table(family) if family in FAMILIES else table("sd1"))
+        component = _component(name, spelling, known)
         one = TensorDifference(name, component, "EMA" if component == "ema" else blocks[name], a, b)
         if one.types_differ and _comparable(one):
             notes.add(

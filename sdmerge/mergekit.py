@@ -14,7 +14,6 @@ from sdmerge.method import find
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from sdmerge.method import Method
 
@@ -71,23 +70,15 @@ _FROM_BASE = ("slerp", "nearswap")
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def translated(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def translated(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return our recipe's data for a recipe of mergekit.
 
     Args:
         data: what its YAML holds.
-        path: the file, for messages.
 
     Raises:
         RequestError: it uses what has no meaning for single files, or is not known.
     """
-    try:
-        return _translated(data)
-    except RequestError as error:
-        raise RequestError(f"{path}: {error}") from error
-
-
-def _translated(data: Mapping[str, Any]) -> dict[str, Any]:
     for key in data:
         if key not in _TOP:
             raise RequestError(f"{key!r} is not understood here{nearest(str(key), _TOP)}")

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import sdmerge
 from sdmerge import hashing, recipe_file
+from sdmerge.options import RECIPE_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -91,7 +91,7 @@ def merge_metadata(
     """Return the metadata of a merge's output; all values are texts, as safetensors wants it."""
     import torch
 
-    data = recipe_file.as_data(recipe, asdict(options))
+    data = recipe_file.as_data(recipe, {name: getattr(options, name) for name in RECIPE_OPTIONS})
     made_with = {"sdmerge": sdmerge.__version__, "torch": torch.__version__, "device": options.device}
     return {
         "format": "pt",

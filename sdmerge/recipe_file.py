@@ -61,11 +61,11 @@ def load(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
         raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
-    if isinstance(data, dict) and "merge_method" in data:
-        from sdmerge import mergekit
-
-        data = mergekit.translated(data, path)
     try:
+        if isinstance(data, dict) and "merge_method" in data:
+            from sdmerge import mergekit
+
+            data = mergekit.translated(data)
         return parse(data, path.parent, changes)
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from error
@@ -145,9 +145,7 @@ def read_value(parameter: Parameter, raw: Any) -> Any:
 def _weights(parameter: Parameter, raw: Any) -> Any:
     if isinstance(raw, dict):
         return Weights.from_yaml(raw)
-    if isinstance(raw, list):
-        return Weights.from_yaml({"value": _fallback(parameter), "blocks": raw})
-    if isinstance(raw, str) and raw.lower().startswith("preset:"):
+    if isinstance(raw, list) or (isinstance(raw, str) and raw.lower().startswith("preset:")):
         return Weights.from_yaml({"value": _fallback(parameter), "blocks": raw})
     return raw
 

@@ -90,19 +90,18 @@ def verify(
         opened = {name: open_model(stack, found[name], chosen) for name in recipe.ids}
         vae = open_model(stack, found["VAE"], chosen) if "VAE" in found else None
         plan = plan_merge(recipe, opened, vae, chosen)
-        common = [name for name, spec in plan.specs.items() if output.specs.get(name) == spec]
-        sink = _Comparison(output, frozenset(common))
+        common = frozenset(name for name, spec in plan.specs.items() if output.specs.get(name) == spec)
+        sink = _Comparison(output, common)
         with shown(chosen, "verifying", plan.cost) as advance:
             run([(plan, sink)], chosen, advance)
         for source in (output, *plan.sources):
             source.verify()
-    others = set(common)
     return Verdict(
         path=target,
         tensors=len(plan.specs),
         different=tuple(name for name in plan.specs if name in sink.different),
-        missing=tuple(name for name in plan.specs if name not in others),
-        extra=tuple(name for name in output.specs if name not in others),
+        missing=tuple(name for name in plan.specs if name not in common),
+        extra=tuple(name for name in output.specs if name not in common),
         inputs=found,
         made_with=made_with,
         notes=_explanations(made_with, chosen),

@@ -11,8 +11,6 @@ from sdmerge.cli import options, weights
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sdmerge.api import Report
-
 
 @click.command("add-diff")
 @click.argument("a", type=click.Path())
@@ -107,7 +105,7 @@ def run(
     reports = api.run_recipe(
         recipe, output=output, changes=weights.assignments(changes), over=weights.swept(sweeps), **fields
     )
-    _show(reports, as_json=as_json)
+    options.show(reports, as_json=as_json)
 
 
 def _was_given(ctx: click.Context, name: str) -> bool:
@@ -126,8 +124,4 @@ def _merge(method: str, models: Sequence[str], values: dict[str, Any], base: str
         reports = api.sweep(method, models, over, varied, base=base, output=output, **fields)
     else:
         reports = [api.merge(method, models, varied, base=base, output=output, **fields)]
-    _show(reports, as_json=as_json)
-
-
-def _show(reports: Sequence[Report], *, as_json: bool) -> None:
     options.show(reports, as_json=as_json)

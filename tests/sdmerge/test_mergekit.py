@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,6 +12,9 @@ import sdmerge
 from sdmerge import mergekit
 from sdmerge.errors import RequestError
 from tests.sdmerge import toys
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TIES = """
 models:
@@ -92,4 +95,4 @@ def test_every_method_runs(folder: Path, method: str) -> None:
 def test_what_is_not_understood_is_named(change: dict[str, object], says: str) -> None:
     data = {"merge_method": "ties", "models": [{"model": "a"}, {"model": "b"}], "base_model": "c", **change}
     with pytest.raises(RequestError, match=says):
-        mergekit.translated(data, Path("x.yaml"))
+        mergekit.translated(data)
