@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdmerge.cli import screen
+from sdmerge.cli import options, screen
 
 if TYPE_CHECKING:
     from sdmerge.comparison import BlockDifference, Difference, TensorDifference
@@ -28,10 +28,10 @@ _STATUSES = (
 @click.option("--overwrite", is_flag=True, help="Replace an existing heat map.")
 @click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="How many tensors to list.")
 @click.option("--ema", is_flag=True, help="Compare model_ema.* too.")
-@click.option("--threads", type=click.IntRange(1, 256), help="Default: the processor's cores, 8 at most.")
-@click.option("--family", help="What the models are, where their structure does not tell.")
+@options.THREADS
+@options.FAMILY
 @click.option("--exit-code", is_flag=True, help="Exit with 1 where the models differ.")
-@click.option("--quiet", is_flag=True, help="Say nothing but results, warnings and errors.")
+@options.QUIET
 @click.option("--json", "as_json", is_flag=True, help="Print everything, each tensor too, as JSON.")
 def diff(
     a: str,

@@ -1,4 +1,4 @@
-"""The options that every command with an output has, and how their report is shown."""
+"""The options that several commands have, those that every command with an output has, and how its report is shown."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
+)
+THREADS = click.option("--threads", type=click.IntRange(1, 256), help="Default: the processor's cores, 8 at most.")
+FAMILY = click.option("--family", help="What the models are, where their structure does not tell.")
+QUIET = click.option("--quiet", is_flag=True, help="Say nothing but results, warnings and errors.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")
 _OUTPUT = (
     click.option("--dtype", type=click.Choice(list(OUTPUT_TYPES)), default="keep", show_default=True,
                  help="Type of the floating tensors; keep takes A's."),
-    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),
-    click.option("--threads", type=click.IntRange(1, 256), help="Default: the processor's cores, 8 at most."),
+    DEVICE,
+    THREADS,
     click.option("--overwrite", is_flag=True, help="Replace an existing output, when the new one is complete."),
     click.option("--dry-run", is_flag=True, help="Decide everything, write nothing."),
     click.option("--ema", type=click.Choice(get_args(Ema)), default="keep", show_default=True,
@@ -28,9 +35,9 @@ _OUTPUT = (
     click.option("--overflow", type=click.Choice(get_args(Overflow)), default="refuse", show_default=True,
                  help="Values too large for the output type."),
     click.option("--allow-nonfinite", is_flag=True, help="Go on where an input holds NaN or infinity."),
-    click.option("--family", help="What the models are, where their structure does not tell."),
-    click.option("--quiet", is_flag=True, help="Say nothing but results, warnings and errors."),
-    click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output."),
+    FAMILY,
+    QUIET,
+    AS_JSON,
 )  # fmt: skip
 _MERGE = (
     click.option("--missing", type=click.Choice(get_args(Missing)), default="keep", show_default=True,

@@ -12,10 +12,10 @@ from sdmerge.cli import options, screen
 @click.command("verify")
 @click.argument("output", type=click.Path(), metavar="OUT")
 @click.option("--inputs", type=click.Path(), help="The folder with the merge's inputs. Default: where OUT lies.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
-@click.option("--threads", type=click.IntRange(1, 256), help="Default: the processor's cores, 8 at most.")
-@click.option("--quiet", is_flag=True, help="Say nothing but results, warnings and errors.")
-@click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")
+@options.DEVICE
+@options.THREADS
+@options.QUIET
+@options.AS_JSON
 def verify(output: str, inputs: str | None, as_json: bool, **given: Any) -> int:
     """Derive a merge again from its recipe, and compare every byte."""
     from sdmerge.verification import verify as derive
