@@ -7,7 +7,6 @@ Both files are read once, block by block, into reused buffers. Borders are fixed
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from sdmerge.dtypes import TORCH
 from sdmerge.policy import COMPUTABLE
-from sdmerge.run import available_cores, keep_freed_memory
-from sdmerge.worker import BLOCK, as_bytes
+from sdmerge.team import in_threads
+from sdmerge.worker import BLOCK, WIDEST, as_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from sdmerge.step import Read
 
     Pair = tuple[Read, Read]
-
-_MOST_THREADS = 8
-_WIDEST = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,73 +88,16 @@ def compare(pairs: Sequence[Pair], threads: int | None, progress: Callable[[int]
     Raises:
         FormatError: a file cannot be read.
     """
-    keep_freed_memory()
-    job = _Job(pairs)
-    intra_op = torch.get_num_threads()
-    torch.set_num_threads(1)  # parallel over blocks: one thread each, the same sums for any number of them
-    count = threads or min(_MOST_THREADS, available_cores())
-    workers = [threading.Thread(target=job.work, name=f"sdmerge-diff-{i}", daemon=True) for i in range(count)]
-    try:
-        for worker in workers:
-            worker.start()
-        while any(worker.is_alive() for worker in workers):
-            for worker in workers:
-                worker.join(0.05)
-            progress(job.take_progress())
-    finally:
-        job.stop.set()
-        for worker in workers:
-            if worker.is_alive():
-                worker.join()
-        torch.set_num_threads(intra_op)
-    progress(job.take_progress())
-    if job.error is not None:
-        raise job.error
-    return [Measures.of(parts) for parts in job.parts]
-
-
-class _Job:
-    """What the threads share."""
-
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self.stop = threading.Event()
-        self.error: BaseException | None = None
-        self.parts: list[list[Measures]] = [[] for _ in pairs]
-        self._lock = threading.Lock()
-        self._blocks = _blocks(pairs)
-        self._done = 0
-
-    def work(self) -> None:
-        """Take blocks until there are none, or until someone fails."""
-        try:
-            with torch.inference_mode():
-                mine = _Worker()
-                while not self.stop.is_set():
-                    with self._lock:
-                        block = next(self._blocks, None)
-                    if block is None:
-                        return
-                    index, pair, start, count = block
-                    measures, nbytes = mine.measure(pair, start, count)
-                    with self._lock:
-                        self.parts[index].append(measures)
-                        self._done += nbytes
-        except BaseException as error:
-            with self._lock:
-                self.error = self.error or error
-            self.stop.set()
-
-    def take_progress(self) -> int:
-        with self._lock:
-            done, self._done = self._done, 0
-        return done
+    parts: list[list[Measures]] = [[] for _ in pairs]
+    in_threads(_blocks(pairs), lambda: _Worker(parts).do, threads=threads, name="sdmerge-diff", progress=progress)
+    return [Measures.of(found) for found in parts]
 
 
 class _Side:
     """One file's memory for a block, in raw bytes and in float64."""
 
     def __init__(self) -> None:
-        self.raw = torch.empty(BLOCK * _WIDEST, dtype=torch.uint8)
+        self.raw = torch.empty(BLOCK * WIDEST, dtype=torch.uint8)
         self.bytes = as_bytes(self.raw)
         self.wide = torch.empty(BLOCK, dtype=torch.float64)
         self._single = torch.empty(BLOCK, dtype=torch.float32)
@@ -200,12 +139,18 @@ class _Side:
 class _Worker:
     """A thread's own buffers, and what it does with a block."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Sequence[list[Measures]]) -> None:
+        self._parts = parts
         self._a, self._b = _Side(), _Side()
-        self._unlike = np.empty(BLOCK * _WIDEST, dtype=np.bool_)
+        self._unlike = np.empty(BLOCK * WIDEST, dtype=np.bool_)
 
-    def measure(self, pair: Pair, start: int, count: int) -> tuple[Measures, int]:
-        """Read and measure one block; return that, and the bytes read."""
+    def do(self, index: int, pair: Pair, start: int, count: int) -> int:
+        """Read and measure one block of the `index`-th pair; return the bytes read."""
+        measures, nbytes = self._measure(pair, start, count)
+        self._parts[index].append(measures)  # several threads may: appending needs no lock
+        return nbytes
+
+    def _measure(self, pair: Pair, start: int, count: int) -> tuple[Measures, int]:
         a, b = pair
         nbytes = self._a.load(a, start, count)
         moved = nbytes + self._b.load(b, start, count)

@@ -8,12 +8,9 @@ the inputs are read from front to back; block borders are fixed, so the output i
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import threading
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +19,7 @@ from torch import Tensor
 from sdkernels import cast
 from sdmerge import worker
 from sdmerge.errors import NonFiniteInput, OutputOverflow, RequestError
+from sdmerge.team import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +29,6 @@ if TYPE_CHECKING:
     from sdmerge.step import Plan, Read, Step
 
     Output = tuple[Plan, TensorSink]
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-_MAX_THREADS = 8
 
 
 @dataclass
@@ -56,49 +51,10 @@ def run(outputs: Sequence[Output], options: Options, progress: Callable[[int], N
         NonFiniteInput, OutputOverflow: as `options` say.
         FormatError: an input cannot be read, or the output not written.
     """
-    keep_freed_memory()
     job = Job(outputs, options)
-    intra_op = torch.get_num_threads()
-    torch.set_num_threads(1)  # parallel over blocks: one thread each, the same bytes for any number of them
-    count = options.threads or min(_MAX_THREADS, available_cores())
-    threads = [threading.Thread(target=job.work, name=f"sdmerge-{i}", daemon=True) for i in range(count)]
-    try:
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            for thread in threads:
-                thread.join(0.05)
-            progress(job.take_progress())
-    finally:
-        job.stop.set()
-        for thread in threads:
-            if thread.is_alive():  # a signal may have come before it was started
-                thread.join()
-        torch.set_num_threads(intra_op)
-    progress(job.take_progress())
-    if job.error is not None:
-        raise job.error
+    blocks = _blocks(job.groups)
+    in_threads(blocks, lambda: worker.Worker(job).do, threads=options.threads, name="sdmerge", progress=progress)
     return job.findings
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Let freed memory be used again at once.
-
-    By default glibc gives a freed block of this size back to the system, which hands it out again page by page, cleared:
-    that costs more than the arithmetic. 64 MiB a thread may stay with the process instead. Elsewhere nothing is done.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
-        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def pick_device(options: Options, plans: Sequence[Plan] = ()) -> torch.device:
@@ -133,39 +89,10 @@ class Job:
         self.options = options
         self.device = pick_device(options, [plan for plan, _ in outputs])
         self.findings = Findings()
-        self.stop = threading.Event()
-        self.error: BaseException | None = None
-        groups = _groups(outputs)
-        self.room = _Room(max((group[0].step.memory for group in groups if group[0].step.whole), default=0))
+        self.groups = _groups(outputs)
+        self.room = _Room(max((group[0].step.memory for group in self.groups if group[0].step.whole), default=0))
         self.pool = worker.Pool()
         self._lock = threading.Lock()
-        self._blocks = _blocks(groups)
-        self._done = 0
-
-    def work(self) -> None:
-        """Take blocks until there are none, or until someone fails."""
-        try:
-            with torch.inference_mode():
-                mine = worker.Worker(self)
-                while not self.stop.is_set():
-                    with self._lock:
-                        block = next(self._blocks, None)
-                    if block is None:
-                        return
-                    self._advance(mine.do(*block))
-        except BaseException as error:
-            with self._lock:
-                self.error = self.error or error
-            self.stop.set()
-
-    def _advance(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-
-    def take_progress(self) -> int:
-        with self._lock:
-            done, self._done = self._done, 0
-        return done
 
     def count_nonfinite(self, read: Read, values: Tensor) -> int:
         """Refuse or count NaN and infinity in an input; return how many there are."""

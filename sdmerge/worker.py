@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 18
 """Elements in a block: a few buffers of this size stay in a core's cache, and the cost of a call is spread thin."""
-_WIDEST = 8
+WIDEST = 8
+"""Bytes of the widest element."""
 _SMALLEST = 1 << 10
 
 
@@ -43,7 +44,7 @@ class _Buffer:
     """Memory for the raw bytes of one block, as a tensor and as something to read into."""
 
     def __init__(self, *, pinned: bool) -> None:
-        self._tensor = torch.empty(BLOCK * _WIDEST, dtype=torch.uint8, pin_memory=pinned)
+        self._tensor = torch.empty(BLOCK * WIDEST, dtype=torch.uint8, pin_memory=pinned)
         self._view = as_bytes(self._tensor)
 
     def window(self, nbytes: int, dtype: torch.dtype) -> tuple[memoryview, Tensor]:
