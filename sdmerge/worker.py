@@ -115,19 +115,23 @@ class Worker:
             one.write(one.step.name, offset, data)
 
     def _blockwise(self, start: int, count: int) -> None:
-        lead = self._prepared[0]
-        values = self._read_block(lead, start, count)
+        values = self._read_block(self._prepared[0], start, count)
         for one in self._prepared:
-            result = computed(one.step, values, start) if one.step.compute is not None else values[0].to(lead.wide)
-            self._check(one.step, values, result, one.type)
-            data, out = self._output.window(count * one.bits // 8, one.type)
-            if self._stream is None:
-                cast.narrow(result, out, saturate=self._saturate)
-            else:
-                rounded = torch.empty(count, dtype=one.type, device=result.device)
-                out.copy_(cast.narrow(result, rounded, saturate=self._saturate), non_blocking=True)
-                self._stream.synchronize()
-            one.write(one.step.name, start * one.bits // 8, data)
+            self._emit(one, values, start)
+
+    def _emit(self, this: _Prepared, values: list[Tensor], start: int) -> None:
+        """Compute, check, round and write one block."""
+        step, count = this.step, values[0].numel()
+        result = computed(step, values, start) if step.compute is not None else values[0].to(this.wide)
+        self._check(step, values, result, this.type)
+        data, out = self._output.window(count * this.bits // 8, this.type)
+        if result.device.type == "cpu":
+            cast.narrow(result, out, saturate=self._saturate)
+        else:
+            rounded = torch.empty(count, dtype=this.type, device=result.device)
+            # waits for the current stream: then `out` is complete, and the inputs' buffers may be filled again
+            out.copy_(cast.narrow(result, rounded, saturate=self._saturate), non_blocking=False)
+        this.write(step.name, start * this.bits // 8, data)
 
     def _read_block(self, this: _Prepared, start: int, count: int) -> list[Tensor]:
         """Return one block of each input, as stored."""
@@ -158,19 +162,12 @@ class Worker:
 
     def _measured(self, target: Target, call: Call, values: list[Tensor]) -> None:
         """Measure whole tensors, then compute and write block by block."""
-        step = target.step
         found = call.measure(values)
+        blocks = replace(target.step, compute=partial(call, measured=found), whole=False)
+        this = _Prepared(replace(target, step=blocks))
         flat = [value.reshape(-1) for value in values]
-        blocks = replace(step, compute=partial(call, measured=found), whole=False)
-        dtype = TORCH[step.spec.dtype]
-        for start in range(0, step.spec.numel, BLOCK):
-            count = min(BLOCK, step.spec.numel - start)
-            part = [value[start : start + count] for value in flat]
-            result = computed(blocks, part, start)
-            self._check(step, part, result, dtype)
-            data, out = self._output.window(count * dtype.itemsize, dtype)
-            cast.narrow(result.cpu(), out, saturate=self._saturate)
-            target.sink.write(step.name, start * dtype.itemsize, data)
+        for start in range(0, blocks.spec.numel, BLOCK):
+            self._emit(this, [value[start : start + BLOCK] for value in flat], start)
 
     def _at_once(self, target: Target, values: list[Tensor]) -> None:
         step = target.step
