@@ -72,7 +72,11 @@ def write(layout: AdapterLayout, adapter: Adapter, fold: Fold) -> Written:
         if name == "text_encoder" and len(mine) == 96:
             order = [f"{component}.{path}" for path in _slots.text_modules(24)]
         if missing := [path for path in order if path not in adapter.modules]:
-            raise CannotHold("is not trained, but the layout cloneofsimo numbers all attention layers", key=missing[0])
+            raise CannotHold(
+                "is not trained, but the layout cloneofsimo numbers all attention layers",
+                key=missing[0],
+                advice="choose another with --to",
+            )
         if extra := [path for path in mine if path not in order]:
             raise CannotHold(
                 f"has no number in the layout cloneofsimo, nor have {len(extra) - 1:,} more",
