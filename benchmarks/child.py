@@ -40,6 +40,9 @@ def prepare_sdmerge(request: Request) -> Call:
     common = {"output": request["output"], "threads": request["threads"], "overwrite": True}
     if job["operation"] == "add-diff":
         return lambda: add_difference(*inputs, alpha=job["alpha"], **common)
+    if job["operation"] == "convert":
+        import_module("sdmerge.lora.convert")
+        return lambda: sdmerge.convert(*inputs, to=job["layout"], **common)
     if job["operation"] == "ties":
         return lambda: sdmerge.merge("ties", inputs[1:], {"density": 0.2}, base=inputs[0], **common)
     if job["alpha"] is not None:

@@ -25,15 +25,17 @@ class Job:
 
     Args:
         name: how the table calls it.
-        operation: ``weighted``, ``add-diff`` or ``ties``.
+        operation: ``weighted``, ``add-diff``, ``ties``, or ``convert`` of an adapter.
         coefficients: what each model is multiplied with.
         alpha: the factor that the user gives, where it is not a list of weights.
+        layout: what an adapter is converted to.
     """
 
     name: str
     operation: str
     coefficients: tuple[float, ...]
     alpha: float | None = None
+    layout: str | None = None
 
     @property
     def models(self) -> int:
@@ -59,6 +61,11 @@ class Job:
     def ties(cls) -> Job:
         """Merge B and C into A by TIES: of what each changed, the largest fifth."""
         return cls("ties, density 0.2", "ties", (1.0, 1.0, 1.0))
+
+    @classmethod
+    def convert(cls, layout: str) -> Job:
+        """Convert an adapter to another layout."""
+        return cls(f"to {layout}", "convert", (1.0,), layout=layout)
 
 
 ADD_FULL = Job.add_difference(1.0)

@@ -73,7 +73,7 @@ def execute(recipes: Sequence[Recipe], targets: Sequence[Path], options: Options
     if len(set(targets)) < len(targets):
         raise RequestError(f"{targets[0]}: two outputs would have one name")
     with ExitStack() as stack:
-        with _no_collection():
+        with no_collection():
             opened = {name: open_model(stack, first.inputs[name].path, options) for name in first.ids}
             vae = open_model(stack, Path(options.vae), options) if options.vae is not None else None
             plans = [plan_merge(recipe, opened, vae, options) for recipe in recipes]
@@ -94,7 +94,7 @@ def copy(source: Path, target: Path, options: Options) -> Report:
     """Write a model's tensors, under their names, as safetensors. Errors as `execute`."""
     started = time.perf_counter()
     with ExitStack() as stack:
-        with _no_collection():
+        with no_collection():
             opened, seen = open_model(stack, source, options)
             plan = plan_copy(opened, seen, options)
         _check_output(target, plan, options)
@@ -124,7 +124,7 @@ def check_sha256(recipe: Recipe, opened: Mapping[str, Opened]) -> None:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Keep the garbage collector from walking all of torch because some thousand headers were read (0.1 s each time)."""
     was_on = gc.isenabled()
     gc.disable()

@@ -97,13 +97,13 @@ class Plan:
 
 
 def ordered(steps: list[Step], sources: tuple[TensorSource, ...]) -> tuple[Step, ...]:
-    """Sort steps so that the first source is read from front to back."""
+    """Sort steps so that the first source is read from front to back; a constant comes with the step before it."""
     index = {id(source): i for i, source in enumerate(sources)}
-
-    def place(step: Step) -> tuple[int, int, int]:
-        if not step.reads:  # a constant
-            return (-1, 0, 0)
-        first = step.reads[0]
-        return (index[id(first.source)], *first.source.position(first.key))
-
-    return tuple(sorted(steps, key=place))
+    placed: list[tuple[tuple[int, int, int], Step]] = []
+    place = (-1, 0, 0)
+    for step in steps:
+        if step.reads:
+            first = step.reads[0]
+            place = (index[id(first.source)], *first.source.position(first.key))
+        placed.append((place, step))
+    return tuple(step for _, step in sorted(placed, key=lambda pair: pair[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,9 +109,8 @@ class Worker:
         read_into, key, _ = lead.reads[0]
         read_into(key, offset, data)
         if lead.checked:
-            wide = values.to(lead.wide)
-            if not bounded(wide, lead.wide):
-                self._job.count_nonfinite(lead.step.reads[0], wide)
+            if not finite(values):
+                self._job.count_nonfinite(lead.step.reads[0], values)
         for one in self._prepared:
             one.write(one.step.name, offset, data)
 
@@ -262,6 +262,13 @@ class Pool:
         """Take pieces back."""
         with self._lock:
             self._free = sorted([*self._free, *pieces], key=Tensor.numel)
+
+
+def finite(values: Tensor) -> bool:
+    """Whether no element can be NaN or infinite: then their sum is neither. May say no where all is well (it overflows)."""
+    if values.dtype.itemsize == 1:  # there is no sum of these
+        values = values.float()
+    return math.isfinite(values.sum().item())
 
 
 def bounded(values: Tensor, dtype: torch.dtype) -> bool:

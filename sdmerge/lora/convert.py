@@ -16,7 +16,7 @@ from sdformats.files import open_source
 from sdformats.folder_sink import FolderSink
 from sdformats.safetensors import SafetensorsSink
 from sdmerge.errors import RequestError, nearest
-from sdmerge.execute import report_of, write_plans
+from sdmerge.execute import no_collection, report_of, write_plans
 from sdmerge.lora.algebra import as_full, as_lora
 from sdmerge.lora.places import Places
 from sdmerge.lora.refs import fold, in_type, step_of
@@ -80,28 +80,36 @@ def convert_adapter(source: Path, target: Path, conversion: Conversion, options:
     started = time.perf_counter()
     layout = layout_named(conversion.to)
     with ExitStack() as stack:
-        opened = stack.enter_context(open_source(source))
-        adapter, before = open_adapter(opened, conversion.adapter_config)
-        notes = Notes()
-        notes.add(f"{before.name} to {layout.name}")
-        for note in adapter.notes:
-            notes.add(note)
-        adapter = replace(adapter, family=options.family or adapter.family)
-        base = stack.enter_context(open_source(conversion.base)) if conversion.base is not None else None
-        adapter = _formed(adapter, conversion, base)
-        adapter = mapped(adapter, options)
-        if conversion.allow_loss:
-            adapter = _without_loss(layout, adapter, notes)
-        check_holds(layout, adapter)
-        written = layout.write(layout, adapter, fold) if layout.write is not None else None
-        assert written is not None, "check_holds refuses layouts that are only read"
-        plan = plan_of(written, (opened, *([base] if base is not None else [])), adapter.family, notes)
+        with no_collection():
+            opened = stack.enter_context(open_source(source))
+            base = stack.enter_context(open_source(conversion.base)) if conversion.base is not None else None
+            plan, written = _planned(opened, base, layout, conversion, options)
         _check_target(target, folder=bool(written.texts))
         if options.dry_run:
             return report_of(plan, target, started)
         make_sink = partial(_sink, texts=written.texts, overwrite=options.overwrite)
         metadata = metadata_of(written.metadata)
         return write_plans([plan], [metadata], [target], options, started, "converting", make_sink)[0]
+
+
+def _planned(
+    opened: TensorSource, base: TensorSource | None, layout: AdapterLayout, conversion: Conversion, options: Options
+) -> tuple[Plan, Written]:
+    """Decide about every tensor."""
+    adapter, before = open_adapter(opened, conversion.adapter_config)
+    notes = Notes()
+    notes.add(f"{before.name} to {layout.name}")
+    for note in adapter.notes:
+        notes.add(note)
+    adapter = replace(adapter, family=options.family or adapter.family)
+    adapter = mapped(_formed(adapter, conversion, base), options)
+    if conversion.allow_loss:
+        adapter = _without_loss(layout, adapter, notes)
+    check_holds(layout, adapter)
+    assert layout.write is not None, "check_holds refuses layouts that are only read"
+    written = layout.write(layout, adapter, fold)
+    sources = (opened,) if base is None else (opened, base)
+    return plan_of(written, sources, adapter.family, notes), written
 
 
 def mapped(adapter: Adapter, options: Options) -> Adapter:

@@ -1,0 +1,78 @@
+"""A full-size adapter to measure with: an SDXL LoRA as sd-scripts writes it, random, fp16, written once into a cache folder."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from benchmarks.model_files import Noise
+from sdformats.safetensors import SafetensorsSink
+from sdformats.tensor import DType, Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from benchmarks.shapes import Family
+
+_UNET = "model.diffusion_model."
+_TE1 = "conditioner.embedders.0.transformer."
+_LEFT_OUT = re.compile(r"time_embed|label_emb|\.emb_layers\.|\.0\.0\.weight$|\.out\.")
+_DEVIATION = 0.02
+_CHUNK = 1 << 22
+
+
+def adapter_file(family: Family, rank: int, cache: Path, *, report: Callable[[str], None]) -> Path:
+    """Return the file, and write it first where it is not there.
+
+    Args:
+        family: whose network it is for; the first text encoder is in it, too.
+        rank: of every layer, convolutions included.
+        cache: the folder.
+        report: told what is written.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / f"{family.name}-lora-r{rank}.safetensors"
+    if path.exists():
+        return path
+    specs = dict(_tensors(family.specs(), rank))
+    report(f"writing {path.name}, {sum(spec.nbytes for spec in specs.values()) / 1e9:.2f} GB")
+    noise = Noise()
+    with SafetensorsSink(path, specs, {"ss_network_dim": str(rank)}) as sink:
+        for name, spec in specs.items():
+            _write(sink, name, spec, noise, rank)
+    return path
+
+
+def _write(sink: SafetensorsSink, name: str, spec: Spec, noise: Noise, rank: int) -> None:
+    if not spec.shape:
+        sink.write(name, 0, memoryview(np.float16(rank / 2).tobytes()))
+        return
+    for start in range(0, spec.numel, _CHUNK):
+        count = min(_CHUNK, spec.numel - start)
+        values = (noise.take(count, zlib.crc32(name.encode()), start) * _DEVIATION).astype("<f2")
+        sink.write(name, 2 * start, values.data.cast("B"))
+
+
+def _tensors(specs: Mapping[str, Spec], rank: int) -> Iterator[tuple[str, Spec]]:
+    for name, spec in specs.items():
+        module, shape = _module(name), spec.shape
+        if module is None or len(shape) not in (2, 4):
+            continue
+        kernel = shape[2:]
+        yield f"{module}.alpha", Spec((), DType.F16)
+        yield f"{module}.lora_down.weight", Spec((rank, shape[1], *kernel), DType.F16)
+        yield f"{module}.lora_up.weight", Spec((shape[0], rank, *(1 for _ in kernel)), DType.F16)
+
+
+def _module(name: str) -> str | None:
+    """Return sd-scripts' name for a layer, or None where it is not trained."""
+    if not name.endswith(".weight") or _LEFT_OUT.search(name):
+        return None
+    for prefix, written in ((_UNET, "lora_unet_"), (_TE1, "lora_te1_")):
+        if name.startswith(prefix) and "embedding" not in name:
+            return written + name.removeprefix(prefix).removesuffix(".weight").replace(".", "_")
+    return None

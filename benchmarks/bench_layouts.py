@@ -1,0 +1,76 @@
+"""Converting a full-size SDXL LoRA between layouts, against merely reading and writing as many bytes. See README.md."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.adapter_files import adapter_file
+from benchmarks.jobs import Job, Run, execute
+from benchmarks.measure import available_cpus, describe_machine
+from benchmarks.report import Result
+from benchmarks.shapes import FAMILIES
+from sdformats.adapters.layouts import LAYOUTS
+
+RANK = 256
+
+
+def targets() -> list[str]:
+    """Return the layouts that can hold the file."""
+    return [
+        layout.name
+        for layout in LAYOUTS
+        if layout.write is not None and "locon" in layout.holds and (not layout.families or "sdxl" in layout.families)
+    ]
+
+
+@click.command()
+@click.option("--cache", type=click.Path(path_type=Path), required=True, help="Where the model file is, or will be.")
+@click.option("--rounds", default=5, show_default=True, help="Counted rounds; one before them is not.")
+@click.option("--threads", default=available_cpus(), show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where to write the figures.")
+def main(cache: Path, rounds: int, threads: int, json_path: Path | None) -> None:
+    """Measure, print a table, write JSON."""
+    console = Console()
+    source = adapter_file(FAMILIES["sdxl"], RANK, cache, report=console.print)
+    floors = [Result(Run("floor", Job.convert("floor"), overlap=overlap)) for overlap in (False, True)]
+    results = [Result(Run("sdmerge", Job.convert(layout))) for layout in targets()]
+    for number in range(rounds + 1):
+        for result in (*floors, *results):
+            folder = result.run.job.layout == "peft"
+            output = cache / ("converted" if folder else "converted.safetensors")
+            outcome = execute(result.run, (source,), output, threads=threads)
+            result.outcomes += [outcome] if number else []
+            shutil.rmtree(output) if folder else output.unlink()
+    floor = min(median(result.seconds) for result in floors)
+    rows = [_row(result, floor) for result in (*floors, *results)]
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+    if json_path:
+        found = {"machine": describe_machine(), "bytes": source.stat().st_size, "results": rows}
+        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _row(result: Result, floor: float) -> dict[str, Any]:
+    return {
+        "tool": result.run.tool,
+        "job": result.run.label,
+        "seconds": median(result.seconds),
+        "all": [round(seconds, 3) for seconds in result.seconds],
+        "x floor": median(result.seconds) / floor,
+        "resident MB over idle": round((result.resident or 0) / 1e6),
+        "anonymous MB over idle": round((result.anonymous or 0) / 1e6),
+    }
+
+
+if __name__ == "__main__":
+    main()
