@@ -108,9 +108,8 @@ class Worker:
         data, values = self._output.window(nbytes, lead.type)
         read_into, key, _ = lead.reads[0]
         read_into(key, offset, data)
-        if lead.checked:
-            if not finite(values):
-                self._job.count_nonfinite(lead.step.reads[0], values)
+        if lead.checked and not finite(values):
+            self._job.count_nonfinite(lead.step.reads[0], values)
         for one in self._prepared:
             one.write(one.step.name, offset, data)
 
