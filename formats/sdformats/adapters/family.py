@@ -31,7 +31,7 @@ def family_of(adapter: Adapter, tables: Collection[str] = ()) -> str | None:
         adapter: what was read.
         tables: tables of names (see `names`) that its modules were found in.
     """
-    for family in ("flux", "sd3"):
+    for family in ("sd3", "flux"):  # names that both have are found in Flux's table
         if family in tables:
             return family
     paths = adapter.modules

@@ -29,9 +29,12 @@ class Memory(TensorSource):
 
     def add(self, values: np.ndarray[Any, Any]) -> Stored:
         """Take an array in."""
+        return self.put(Spec(values.shape, _TYPES[values.dtype]), values.tobytes())
+
+    def put(self, spec: Spec, data: bytes) -> Stored:
+        """Take bytes in."""
         name = str(len(self._specs))
-        self._specs[name] = Spec(values.shape, _TYPES[values.dtype])
-        self._data[name] = values.tobytes()
+        self._specs[name], self._data[name] = spec, data
         return Stored(self, name)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:

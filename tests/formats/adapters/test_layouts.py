@@ -139,6 +139,13 @@ ROWS: dict[str, tuple[str, str | None, Tensors, list[str]]] = {
         | pair("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"),
         [DOUBLE + "attn.to_q", DOUBLE + "attn.to_v", "te3.encoder.block.0.layer.0.SelfAttention.q"],
     ),
+    "12, SD3": (
+        "comfy",
+        "sd3",
+        pair("diffusion_model.joint_blocks.0.x_block.attn.qkv", ends=PEFT, out=12)
+        | pair("diffusion_model.final_layer.linear", ends=PEFT),
+        [DOUBLE + "attn.to_q", "unet.proj_out"],
+    ),
     "13": (
         "flux-kohya",
         "flux",
@@ -304,13 +311,20 @@ def test_a_norm_s_scale_in_a_control_lora_of_flux_replaces_it(tmp_path: Path) ->
     ("module", "layout"),
     [
         (f"lora_te_{FLAT_LAYER}_mlp_fc1", "kohya"),
+        (f"lora_te1_{FLAT_LAYER}_mlp_fc1", "kohya-sgm"),
         (f"lora_te2_{FLAT_LAYER}_mlp_fc1", "kohya-sgm"),
+        ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", "flux-kohya"),
         (f"text_encoder.{LAYER}.mlp.fc1", "diffusers"),
     ],
 )
 def test_text_encoders_alone_are_recognised(module: str, layout: str, tmp_path: Path) -> None:
     ends = PEFT if layout == "diffusers" else samples.KOHYA
     assert read(save(tmp_path / "a.safetensors", pairs(module, ends=ends)))[1].name == layout
+
+
+def test_factors_of_diffusers_without_weight_in_their_names_are_recognised(tmp_path: Path) -> None:
+    tensors = pair(f"{UNET}attn2.to_k", ends=("lora_A", "lora_B"), **SD1)
+    assert read(save(tmp_path / "a.safetensors", tensors))[1].name == "diffusers"
 
 
 @pytest.mark.parametrize("base", ["sd_v1", "sdxl_base_v1-0", "sd_v2_768"])

@@ -15,7 +15,7 @@ LAYOUT = AdapterLayout(
     alpha="metadata",
     naming=Naming((Prefix("unet.", "unet", "any", flat=False), *DIFFUSERS_TEXT_ENCODERS), PEFT | DIFFUSERS),
     bars=(r"\.processor\.", r"\.to_(q|k|v|out)_lora\.", r"^transformer\.", r"^unet\.base_model\."),
-    marks=(r"^(unet|text_encoder(_[23])?)\..*\.(lora|lora_linear_layer|lora_[AB])\.",),
+    marks=(r"^(unet|text_encoder(_[23])?)\..*\.(lora|lora_linear_layer|lora_[AB])(\.|$)",),
     families=UNET_FAMILIES,
     read=read,
     write=write,

@@ -21,6 +21,7 @@ LAYOUT = AdapterLayout(
         r"^lora_te2_encoder_block",
     ),
     families=("flux",),
+    fits=lambda specs: not all(name.startswith("lora_te1_") for name in specs),  # that is kohya-sgm's as well
     read=read_named,
     write=write_named,
 )
