@@ -18,7 +18,7 @@ from sdformats.adapters.naming import Name, Naming, Prefix
 from sdformats.adapters.peft_config import scaled, settings
 from sdformats.adapters.reading import named, read_named
 from sdformats.adapters.records import InputOFT, LoRA
-from sdformats.adapters.roles import KOHYA, PEFT
+from sdformats.adapters.roles import KOHYA, LENGTHS, PEFT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,8 +34,9 @@ FOLDERS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2", "te3"
 _CLASSES = {"unet": ("UNet2DConditionModel", "diffusers"), "te1": ("CLIPTextModel", "transformers")}
 _CLASSES |= {"te2": ("CLIPTextModelWithProjection", "transformers"), "te3": ("T5EncoderModel", "transformers")}
 _UNET = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
+_UNET += ("conv_norm_out", "norm_out.", "proj_out", "time_text_embed.")
 _NETWORK = (*_UNET, "transformer_blocks.", "single_transformer_blocks.", "x_embedder", "context_embedder", "pos_embed")
-_ENDS = {key: role for key, role in (PEFT | KOHYA).items() if key not in ("scale", "weight")}
+_ENDS = {key: role for key, role in (PEFT | KOHYA).items() if role not in ("scale", "weight", LENGTHS)}
 
 
 class _Naming(Naming):
@@ -54,6 +55,10 @@ class _Naming(Naming):
         if component in ("te1", "te2") and path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")):
             path = f"text_model.{path}"
         return Name(folder + BASE + path, self.suffixes[end], component, one(path))
+
+    def module(self, path: str, family: str | None) -> str | None:
+        component, _, rest = path.partition(".")
+        return BASE + rest if component in FOLDERS else None
 
 
 def read(layout: AdapterLayout, file: AdapterFile) -> Adapter:
