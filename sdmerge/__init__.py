@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sdmerge.api import Report as Report
     from sdmerge.api import add_difference as add_difference
+    from sdmerge.api import bake as bake
     from sdmerge.api import convert as convert
     from sdmerge.api import merge as merge
     from sdmerge.api import run_recipe as run_recipe
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Report": "sdmerge.api",
     "add_difference": "sdmerge.api",
+    "bake": "sdmerge.api",
     "convert": "sdmerge.api",
     "merge": "sdmerge.api",
     "run_recipe": "sdmerge.api",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from sdmerge.errors import RequestError
 from sdmerge.execute import Report, copy, execute
 from sdmerge.options import OptionFields, Options
-from sdmerge.recipe import LABELS, Input, Merge, Model, Recipe
+from sdmerge.recipe import LABELS, Addition, Input, Merge, Model, Recipe
 
 if TYPE_CHECKING:
     import os
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     PathLike = str | os.PathLike[str]
 
-__all__ = ["Report", "add_difference", "convert", "merge", "run_recipe", "sweep", "weighted_sum"]
+__all__ = ["Report", "add_difference", "bake", "convert", "merge", "run_recipe", "sweep", "weighted_sum"]
 
 
 def add_difference(
@@ -166,6 +167,40 @@ def run_recipe(
         raise RequestError(f"{recipe}: names no output; give one with -o")
     targets = [swept_name(target, point) for point in points]
     return execute(recipes, targets, Options(**{**first.options, **options}))
+
+
+def bake(
+    model: PathLike,
+    adapters: Sequence[PathLike | tuple[PathLike, float | Weights]],
+    *,
+    output: PathLike,
+    **options: Unpack[OptionFields],
+) -> Report:
+    """Write a model with adapters (LoRA and all of its relatives) added to its weights.
+
+    Args:
+        model: a checkpoint, in any container and spelling.
+        adapters: each a file, or a file and its strength: W + Σ strength · ΔW, all changes taken from the model's own
+            weights. Block weights are allowed.
+        output: a ``.safetensors`` file (a folder where the model is one). Embeddings that the adapters carry are written
+            beside it.
+        options: see `sdmerge.options.Options`.
+
+    Raises:
+        as `add_difference`; MismatchError where an adapter changes modules that the model does not have.
+    """
+    if not adapters:
+        raise RequestError("there is no adapter to bake in (expected at least one)")
+    pairs = [(Path(one[0]), one[1]) if isinstance(one, tuple) else (Path(one), 1.0) for one in adapters]
+    inputs = {"A": Input(Path(model))} | {f"L{i}": Input(path) for i, (path, _) in enumerate(pairs, 1)}
+    additions = tuple(Addition(f"L{i}", strength) for i, (_, strength) in enumerate(pairs, 1))
+    recipe = Recipe(Model("A", additions), inputs)
+    chosen = Options(**options)
+    report = execute([recipe], [Path(output)], chosen)[0]
+    from sdmerge.lora.words import write_words
+
+    words = write_words([path for path, _ in pairs], Path(output), chosen)
+    return replace(report, notes=(*report.notes, *words))
 
 
 def convert(

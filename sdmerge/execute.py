@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from sdformats.adapters.adapter import Adapter
     from sdformats.layout import Detection
     from sdformats.tensor import Spec, TensorSink, TensorSource
     from sdmerge.options import Options
@@ -76,13 +77,15 @@ def execute(recipes: Sequence[Recipe], targets: Sequence[Path], options: Options
         with no_collection():
             opened = {name: open_model(stack, first.inputs[name].path, options) for name in first.ids}
             vae = open_model(stack, Path(options.vae), options) if options.vae is not None else None
-            plans = [plan_merge(recipe, opened, vae, options) for recipe in recipes]
+            adapters = {name: open_adapter_of(stack, first.inputs[name].path) for name in first.adapters}
+            plans = [plan_merge(recipe, opened, vae, options, adapters) for recipe in recipes]
         for plan, target in zip(plans, targets, strict=True):
             _check_output(target, plan, options)
-        check_sha256(first, opened)
+        check_sha256(first, {name: source for name, (source, _) in (opened | adapters).items()})
         if options.dry_run:
             return [report_of(plan, target, started) for plan, target in zip(plans, targets, strict=True)]
-        inputs = provenance.describe_inputs(plans[0].sources, [*first.ids, *(["VAE"] if vae else [])], options)
+        labels = [*first.ids, *(["VAE"] if vae else []), *first.adapters]
+        inputs = provenance.describe_inputs(plans[0].sources, labels, options)
         metadata = [
             provenance.merge_metadata(plan, recipe, inputs, options, target)
             for plan, recipe, target in zip(plans, recipes, targets, strict=True)
@@ -104,18 +107,18 @@ def copy(source: Path, target: Path, options: Options) -> Report:
         return write_plans([plan], [metadata], [target], options, started, "converting")[0]
 
 
-def check_sha256(recipe: Recipe, opened: Mapping[str, Opened]) -> None:
+def check_sha256(recipe: Recipe, opened: Mapping[str, TensorSource]) -> None:
     """Refuse inputs that are not what the recipe says.
 
     Raises:
         MismatchError: a file's sha256 is another.
         RequestError: a sha256 for a folder.
     """
-    for name in recipe.ids:
+    for name in (*recipe.ids, *recipe.adapters):
         expected = recipe.inputs[name].sha256
         if expected is None:
             continue
-        source = opened[name][0]
+        source = opened[name]
         if len(source.files) != 1:
             raise RequestError(f"{source.path}: has {len(source.files)} files and no sha256 of its own; leave it out")
         found = hashing.sha256(source.files[0])
@@ -139,6 +142,14 @@ def open_model(stack: ExitStack, path: Path, options: Options) -> Opened:
     """Open a model for as long as `stack` lives, and see what it is."""
     source = stack.enter_context(open_source(path))
     return source, detect(source.specs, family=options.family)
+
+
+def open_adapter_of(stack: ExitStack, path: Path) -> tuple[TensorSource, Adapter]:
+    """Open an adapter for as long as `stack` lives."""
+    from sdformats.adapters import open_adapter
+
+    source = stack.enter_context(open_source(path))
+    return source, open_adapter(source)[0]
 
 
 def _check_output(target: Path, plan: Plan, options: Options) -> None:

@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import sdkernels
 from sdmerge.method import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
     from sdmerge.method import Method
 
-    Expression = "Leaf | Call"
+
+class Expression(Protocol):
+    """What is computed for a tensor."""
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether blocks are enough for it and everything below it."""
+
+    @property
+    def propagates(self) -> bool:
+        """Whether NaN or infinity in any of its inputs shows in its result."""
+
+    def __call__(self, tensors: Sequence[Tensor], start: int, /) -> Tensor:
+        """Compute it from the step's reads: whole, or the same block of each, which begins at element `start`."""
+
+
+@runtime_checkable
+class InRows(Protocol):
+    """An expression of whole tensors whose result can be had in spans of rows, so that it is never held whole."""
+
+    index: int
+
+    def prepare(self, tensors: Sequence[Tensor]) -> Callable[[Tensor, int], Tensor]:
+        """Return a function of a span of the `index`-th read, flat, and the index of its first element."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +68,7 @@ class Call:
     method: Method
     values: Mapping[str, Any]
     name: str
-    operands: tuple[Leaf | Call, ...]
+    operands: tuple[Expression, ...]
     based: bool
 
     @property

@@ -26,7 +26,7 @@ OUTPUT_TYPES: dict[str, DType | None] = {
     "fp8_e5m2": DType.F8_E5M2,
 }
 """Names of the output types; ``keep`` takes each tensor's type from A."""
-RECIPE_OPTIONS = ("dtype", "missing", "ema", "overflow", "allow_nonfinite", "vae", "family")
+RECIPE_OPTIONS = ("dtype", "missing", "ema", "overflow", "allow_nonfinite", "vae", "family", "stochastic_rounding")
 """What decides about the output's bytes, so that it belongs into a recipe; all else is the machine's and the user's."""
 
 
@@ -45,6 +45,7 @@ class OptionFields(TypedDict, total=False):
     vae: str | Path | None
     family: str | None
     hash_inputs: bool
+    stochastic_rounding: int | None
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] | None
 
 
@@ -67,6 +68,8 @@ class Options:
         vae: a file whose VAE replaces A's.
         family: what the models are, where the structure does not tell.
         hash_inputs: put the inputs' sha256 into the metadata (costs one more read of each).
+        stochastic_rounding: a seed: results are rounded up or down with the probability of their nearness, by random numbers
+            of seed, tensor and element; None rounds to nearest.
         progress: called with a label and a total in bytes; returns a context that yields a function taking bytes done.
     """
 
@@ -82,6 +85,7 @@ class Options:
     vae: str | Path | None = None
     family: str | None = None
     hash_inputs: bool = False
+    stochastic_rounding: int | None = None
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] | None = None
 
     def __post_init__(self) -> None:

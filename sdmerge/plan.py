@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sdmerge import policy
-from sdmerge.errors import FamilyError
+from sdmerge.errors import FamilyError, MismatchError
 from sdmerge.expression import Call, Leaf
 from sdmerge.recipe import Model, leaves
+from sdmerge.recipe import models as models_of
 from sdmerge.step import Plan, Read, Step, ordered
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from sdformats.adapters.adapter import Adapter
     from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
     from sdmerge.blocks import Table
+    from sdmerge.expression import Expression
+    from sdmerge.lora.bake import Contribution, Contributions
     from sdmerge.options import Options
     from sdmerge.recipe import Merge, Recipe
 
     Opened = tuple[TensorSource, Detection]
+    OpenedAdapter = tuple[TensorSource, Adapter]
 
 _JOINT = re.compile(r"(?:joint_blocks|(?<!single_)transformer_blocks)\.(\d{1,3})\.")
 
 
-def plan_merge(recipe: Recipe, models: Mapping[str, Opened], vae: Opened | None, options: Options) -> Plan:
+def plan_merge(
+    recipe: Recipe,
+    models: Mapping[str, Opened],
+    vae: Opened | None,
+    options: Options,
+    adapters: Mapping[str, OpenedAdapter] | None = None,
+) -> Plan:
     """Decide about every tensor of a merge.
 
     Args:
         recipe: what to do with tensors that all models have.
-        models: the recipe's inputs, by name.
+        models: the recipe's models, by name.
+        adapters: the recipe's adapters, by name.
         vae: a file whose VAE replaces A's.
         options: the policies.
 
@@ -44,7 +56,8 @@ def plan_merge(recipe: Recipe, models: Mapping[str, Opened], vae: Opened | None,
     policy.check_together(in_order, options, notes)
     first = in_order[0]
     blocks = _table(recipe, first, options, notes)
-    build = _Builder(views, blocks, options, notes)
+    baking = _baking(recipe, views, blocks, adapters or {}, options, notes)
+    build = _Builder(views, baking, blocks, options, notes)
     steps: dict[str, Step] = {}
     for name in first.tensors:
         step = build.step(name, recipe.merge)
@@ -57,7 +70,33 @@ def plan_merge(recipe: Recipe, models: Mapping[str, Opened], vae: Opened | None,
         given = policy.view("VAE", source, seen, options, notes)
         steps.update(policy.vae_steps(first.tensors, given, first, options, notes))
         sources.append(source)
+    sources += [source for source, _ in (adapters or {}).values()]
     return _finish(steps, tuple(sources), notes, first.detection, options)
+
+
+def _baking(
+    recipe: Recipe,
+    views: Mapping[str, policy.View],
+    blocks: Table | None,
+    adapters: Mapping[str, OpenedAdapter],
+    options: Options,
+    notes: policy.Notes,
+) -> Mapping[Model, Contributions]:
+    """Return what is added to each tensor of each model that has adapters."""
+    found: dict[Model, Contributions] = {}
+    for model in models_of(recipe.merge):
+        if not model.adapters or model in found:
+            continue
+        from sdmerge.lora.bake import contributions, strength_of
+
+        view = views[model.id]
+        added = [(adapters[one.id][1], strength_of(one.strength, blocks)) for one in model.adapters]
+        found[model] = contributions(view.source, options.family or view.detection.family, added)
+        for one, (adapter, _) in zip(model.adapters, added, strict=True):
+            notes.add(f"{one.id}: {len(adapter.modules):,} modules baked into {model.id}")
+            for note in adapter.notes:
+                notes.add(f"{one.id}: {note}")
+    return found
 
 
 def plan_copy(source: TensorSource, seen: Detection, options: Options) -> Plan:
@@ -81,31 +120,43 @@ class _Builder:
     """Turns a recipe into one tensor's expression after the other."""
 
     views: Mapping[str, policy.View]
+    baking: Mapping[Model, Contributions]
     table: Table | None
     options: Options
     notes: policy.Notes
 
-    def step(self, name: str, merge: Merge) -> Step | None:
+    def step(self, name: str, merge: Model | Merge) -> Step | None:
         """Decide about one of A's tensors: merge, copy, or leave out (None)."""
         first = next(iter(self.views.values())).tensors[name]
         if kept := policy.kept_as_is(name, first, self.options, self.notes):
             return kept
-        reads: dict[str, Read] = {}
+        reads: dict[object, Read] = {}
         made = self._expression(name, merge, reads)
         if made is None:
             return None
         if isinstance(made, Leaf):
-            return policy.copy_step(name, first, self.options, self.notes, why="keep")
-        return policy.merge_step(name, tuple(reads), tuple(reads.values()), made, self.options, self.notes)
+            why = "copy" if isinstance(merge, Model) else "keep"
+            return policy.copy_step(name, first, self.options, self.notes, why=why)
+        models = {label: read for label, read in reads.items() if isinstance(label, str)}
+        step = policy.merge_step(name, tuple(models), tuple(models.values()), made, self.options, self.notes)
+        if len(models) == len(reads):
+            return step
+        if step.compute is not made:
+            raise MismatchError(f"{name!r}: has different widths in the models, and cannot have adapters baked in")
+        return replace(
+            step, reads=tuple(reads.values()), whole=True, why="bake" if isinstance(merge, Model) else step.why
+        )
 
-    def _expression(self, name: str, node: Model | Merge, reads: dict[str, Read]) -> Leaf | Call | None:
+    def _expression(self, name: str, node: Model | Merge, reads: dict[object, Read]) -> Expression | None:
         """Return what `node` is for one tensor; None where it has no such tensor, as its first model decides."""
         if isinstance(node, Model):
             read = self.views[node.id].tensors.get(name)
             if read is None:
                 return None
             reads.setdefault(node.id, read)
-            return Leaf(list(reads).index(node.id))
+            index = list(reads).index(node.id)
+            added = self.baking.get(node, {}).get(name)
+            return Leaf(index) if not added else _baked(index, added, reads)
         before = dict(reads)
         first = self._expression(name, node.operands[0], reads)
         if first is None:
@@ -123,6 +174,17 @@ class _Builder:
         return first if kept else None
 
 
+def _baked(index: int, added: Sequence[Contribution], reads: dict[object, Read]) -> Expression:
+    """Return the expression of a tensor with adapters, and add their tensors to the reads."""
+    from sdmerge.lora.bake import Baked
+
+    stored = tuple(dict.fromkeys(one for part in added for ref in part.refs for one in ref.stored()))
+    for one in stored:
+        reads.setdefault(one, Read(one.source, one.key))
+    places = list(reads)
+    return Baked(index, tuple(added), tuple((one, places.index(one)) for one in stored))
+
+
 def _table(recipe: Recipe, first: policy.View, options: Options, notes: policy.Notes) -> Table | None:
     """Return the family's blocks where the recipe needs them.
 
@@ -138,7 +200,7 @@ def _table(recipe: Recipe, first: policy.View, options: Options, notes: policy.N
     if family is None:
         raise FamilyError("block weights need to know the family, which the first model does not show; give --family")
     found = table(family, _depth(first.tensors))
-    for note in recipe.merge.check_blocks(found):
+    for note in recipe.check_blocks(found):
         notes.add(note)
     return found
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
-    from sdmerge.expression import Call
+    from sdmerge.expression import Expression
     from sdmerge.options import Options
 
 EMA = "model_ema."
@@ -184,7 +184,7 @@ def reports_extra(name: str) -> bool:
 
 
 def merge_step(
-    name: str, labels: Sequence[str], reads: Sequence[Read], call: Call, options: Options, notes: Notes
+    name: str, labels: Sequence[str], reads: Sequence[Read], call: Expression, options: Options, notes: Notes
 ) -> Step:
     """Return the step that computes one tensor.
 
@@ -269,7 +269,7 @@ def _output_type(first: Read, options: Options, notes: Notes) -> DType:
     return first.spec.dtype
 
 
-def _shared_channels(name: str, spec: Spec, reads: Sequence[Read], call: Call, notes: Notes) -> Step:
+def _shared_channels(name: str, spec: Spec, reads: Sequence[Read], call: Expression, notes: Notes) -> Step:
     """Merge the input channels that all first convolutions have; A's further ones stay (inpainting 9, pix2pix 8)."""
     shapes = [read.spec.shape for read in reads]
     first_conv = any(name == prefix + conv for prefix in _NARROW_OK for conv in _FIRST_CONVS)
@@ -286,7 +286,7 @@ def _shared_channels(name: str, spec: Spec, reads: Sequence[Read], call: Call, n
     return Step(name, spec, tuple(reads), partial(_merge_channels, call, shared), whole=True, why="channels")
 
 
-def _merge_channels(call: Call, shared: int, tensors: Sequence[Tensor], start: int) -> Tensor:
+def _merge_channels(call: Expression, shared: int, tensors: Sequence[Tensor], start: int) -> Tensor:
     merged = call([t[:, :shared].contiguous() for t in tensors], start)
     result = tensors[0].to(merged.dtype, copy=True)
     result[:, :shared] = merged

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import sdmerge
 from sdmerge import hashing, recipe_file
 from sdmerge.options import RECIPE_OPTIONS
+from sdmerge.recipe import Merge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from sdformats.positional import InputFile
     from sdformats.tensor import TensorSource
     from sdmerge.options import Options
-    from sdmerge.recipe import Merge, Recipe
+    from sdmerge.recipe import Recipe
     from sdmerge.step import Plan
 
 _SAMPLE = 4096
@@ -98,7 +99,7 @@ def merge_metadata(
         "sdmerge.recipe": _json(data),
         "sdmerge.inputs": _json(list(inputs)),
         "sdmerge.made_with": _json(made_with),
-        "sd_merge_recipe": _json(_a1111_recipe(recipe.merge, inputs, options, output)),
+        "sd_merge_recipe": _json(_a1111_recipe(recipe, inputs, options, output)),
         "sd_merge_models": _json(_a1111_models(plan, inputs)),
         **_modelspec(plan, inputs, output),
     }
@@ -119,16 +120,23 @@ def _hash_of(entry: Mapping[str, Any]) -> str:
     return sha if isinstance(sha, str) else str(entry["fingerprint"])
 
 
-def _a1111_recipe(merge: Merge, inputs: Sequence[Mapping[str, Any]], options: Options, output: Path) -> dict[str, Any]:
-    models = [_hash_of(entry) for entry in inputs if entry["id"] != "VAE"]
-    alpha = merge.values.get("alpha", merge.values.get("weights"))
+def _a1111_recipe(
+    recipe: Recipe, inputs: Sequence[Mapping[str, Any]], options: Options, output: Path
+) -> dict[str, Any]:
+    merge = recipe.merge
+    models = [_hash_of(entry) for entry in inputs if entry["id"] in recipe.ids]
+    if isinstance(merge, Merge):
+        name = _A1111_NAMES.get(merge.method.name, merge.method.name)
+        alpha = None if merge.differs else merge.values.get("alpha", merge.values.get("weights"))
+    else:
+        name, alpha = "bake", None
     return {
         "type": "sdmerge",
         "primary_model_hash": models[0],
         "secondary_model_hash": models[1] if len(models) > 1 else None,
         "tertiary_model_hash": models[2] if len(models) > 2 else None,
-        "interp_method": _A1111_NAMES.get(merge.method.name, merge.method.name),
-        "multiplier": None if merge.differs else alpha,
+        "interp_method": name,
+        "multiplier": alpha,
         "save_as_half": options.dtype == "fp16",
         "custom_name": output.stem,
         "bake_in_vae": next((entry["name"] for entry in inputs if entry["id"] == "VAE"), "None"),

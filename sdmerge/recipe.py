@@ -34,13 +34,22 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """One of the recipe's inputs, by its name there."""
+class Addition:
+    """An adapter to bake into a model: one of the recipe's inputs, by its name there, and how strong."""
 
     id: str
+    strength: float | Weights = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One of the recipe's inputs, by its name there, with adapters baked in."""
+
+    id: str
+    adapters: tuple[Addition, ...] = ()
 
     def __str__(self) -> str:
-        return self.id
+        return " + ".join((self.id, *(one.id for one in self.adapters)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +89,6 @@ class Merge:
         """Whether a parameter differs from tensor to tensor."""
         return any(_weights(value) for value in self.values.values())
 
-    def check_blocks(self, table: Table) -> tuple[str, ...]:
-        """Refuse block weights that do not fit the family, here and below; return what is done so that the others do.
-
-        Raises:
-            RequestError: so it is.
-        """
-        notes: list[str] = []
-        for node in merges(self):
-            for value in node.values.values():
-                for weights in _weights(value):
-                    weights.check(table)
-                    notes += weights.notes(table)
-        return tuple(notes)
-
     def at(self, name: str, table: Table | None) -> Mapping[str, Any]:
         """Return the parameters' values for the tensor `name`."""
         if table is None:
@@ -106,7 +101,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merge, its inputs and what is chosen beside it.
+    """A merge (or a model with adapters), its inputs and what is chosen beside it.
 
     Attributes:
         inputs: files by the names that `merge` uses.
@@ -114,7 +109,7 @@ class Recipe:
         output: where to write, if the recipe says so.
     """
 
-    merge: Merge
+    merge: Model | Merge
     inputs: Mapping[str, Input]
     options: Mapping[str, Any] = field(default_factory=dict)
     output: Path | None = None
@@ -125,18 +120,50 @@ class Recipe:
         return tuple(dict.fromkeys(leaves(self.merge)))
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """The inputs that are adapters."""
+        return tuple(dict.fromkeys(one.id for model in models(self.merge) for one in model.adapters))
+
+    @property
     def differs(self) -> bool:
         """Whether any parameter differs from block to block, so that the family must be known."""
-        return any(node.differs for node in merges(self.merge))
+        return any(weights_in(self.merge))
+
+    def check_blocks(self, table: Table) -> tuple[str, ...]:
+        """Refuse block weights that do not fit the family; return what is done so that the others do.
+
+        Raises:
+            RequestError: so it is.
+        """
+        notes: list[str] = []
+        for weights in weights_in(self.merge):
+            weights.check(table)
+            notes += weights.notes(table)
+        return tuple(notes)
+
+
+def models(node: Model | Merge) -> Iterator[Model]:
+    """Yield the models, in order, as often as they are used."""
+    if isinstance(node, Model):
+        yield node
+        return
+    for operand in node.operands:
+        yield from models(operand)
 
 
 def leaves(node: Model | Merge) -> Iterator[str]:
     """Yield the names of the models, in order, as often as they are used."""
-    if isinstance(node, Model):
-        yield node.id
-        return
-    for operand in node.operands:
-        yield from leaves(operand)
+    return (model.id for model in models(node))
+
+
+def weights_in(node: Model | Merge) -> Iterator[Weights]:
+    """Yield all block weights of a node and of what is below it."""
+    for merge in merges(node):
+        for value in merge.values.values():
+            yield from _weights(value)
+    for model in models(node):
+        for one in model.adapters:
+            yield from _weights(one.strength)
 
 
 def merges(node: Model | Merge) -> Iterator[Merge]:

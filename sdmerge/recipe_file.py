@@ -11,6 +11,7 @@
       method: add_difference
       models: [a, {method: weighted_sum, models: [b, c], parameters: {alpha: 0.3}}, c]
       parameters: {alpha: $alpha}       # or {value: 0.7, te: 0, blocks: "preset:GRAD_V", rules: ["*.attn2.*:0.2"]}
+                                        # a model with adapters: {model: b, adapters: [{adapter: l.safetensors, strength: 0.8}]}
     dtype: fp16                         # and other options of a merge: missing, ema, overflow, vae, family
     output: d.safetensors
 
@@ -28,7 +29,7 @@ from sdmerge import method as methods
 from sdmerge.blocks import Weights
 from sdmerge.errors import RequestError, nearest
 from sdmerge.options import RECIPE_OPTIONS
-from sdmerge.recipe import LABELS, Input, Merge, Model, Recipe
+from sdmerge.recipe import LABELS, Addition, Input, Merge, Model, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -41,6 +42,8 @@ _LARGEST = 1 << 20
 _KEYS = ("version", "models", "set", "merge", "output", *RECIPE_OPTIONS)
 _MERGE_KEYS = ("method", "models", "base", "parameters")
 _INPUT_KEYS = ("path", "sha256")
+_BAKED_KEYS = ("model", "adapters")
+_ADAPTER_KEYS = ("adapter", "strength")
 
 
 def load(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
@@ -88,8 +91,8 @@ def parse(data: Any, folder: Path, changes: Mapping[str, Any] | None = None) -> 
     reader = _Reader(folder, _settings(data, changes or {}))
     reader.add_models(data.get("models") or {})
     root = reader.node(data["merge"])
-    if isinstance(root, Model):
-        raise RequestError("merge is only a model (expected a method with its models)")
+    if isinstance(root, Model) and not root.adapters:
+        raise RequestError("merge is only a model (expected a method with its models, or a model with adapters)")
     options = {name: reader.set(data[name]) for name in RECIPE_OPTIONS if data.get(name) is not None}
     if "vae" in options:
         options["vae"] = reader.path(options["vae"])
@@ -107,13 +110,14 @@ def as_data(recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {name: options[name] for name in RECIPE_OPTIONS if options.get(name) is not None}
     if "vae" in chosen:
         chosen["vae"] = Path(chosen["vae"]).name
-    models = {name: recipe.inputs[name].path.name for name in recipe.ids}
+    models = {name: recipe.inputs[name].path.name for name in (*recipe.ids, *recipe.adapters)}
     return {"version": VERSION, "models": models, "merge": _node_data(recipe.merge), **chosen}
 
 
 def _node_data(node: Model | Merge) -> Any:
     if isinstance(node, Model):
-        return node.id
+        added = [{"adapter": one.id, "strength": _value_data(one.strength)} for one in node.adapters]
+        return {"model": node.id, "adapters": added} if added else node.id
     operands = [_node_data(operand) for operand in node.operands]
     base = {"base": operands.pop()} if node.based else {}
     values = {name: _value_data(value) for name, value in node.values.items()}
@@ -201,6 +205,8 @@ class _Reader:
             name = self._free_label()
             self.inputs[name] = self._input(raw)
             return Model(name)
+        if isinstance(raw, dict) and "adapters" in raw:
+            return self._with_adapters(raw)
         _check_keys("a merge", raw, _MERGE_KEYS, needed=("method", "models"))
         if not isinstance(raw["models"], list):
             raise RequestError(f"models of {raw['method']} is no list")
@@ -212,6 +218,30 @@ class _Reader:
         operands = [self._deeper(self.node, one) for one in raw["models"]]
         base = None if raw.get("base") is None else self._deeper(self.node, raw["base"])
         return Merge.of(found.name, operands, values, base)
+
+    def _with_adapters(self, raw: dict[str, Any]) -> Model:
+        """Read a model with adapters baked in."""
+        _check_keys("a model with adapters", raw, _BAKED_KEYS, needed=_BAKED_KEYS)
+        model = self.node(raw["model"])
+        if not isinstance(model, Model) or model.adapters:
+            raise RequestError("adapters belong to a model (expected its name or path as model)")
+        if not isinstance(raw["adapters"], list) or not raw["adapters"]:
+            raise RequestError("adapters is no list (expected names, paths, or mappings with adapter and strength)")
+        return Model(model.id, tuple(self._addition(one) for one in raw["adapters"]))
+
+    def _addition(self, raw: Any) -> Addition:
+        if isinstance(raw, str):
+            return Addition(self._model(str(self.set(raw))).id)
+        _check_keys("an adapter", raw, _ADAPTER_KEYS, needed=("adapter",))
+        name = self._deeper(self.node, raw["adapter"])
+        if not isinstance(name, Model) or name.adapters:
+            raise RequestError("adapter is no file (expected a name or a path)")
+        strength = self.set(raw.get("strength", 1.0))
+        if isinstance(strength, dict):
+            return Addition(name.id, Weights.from_yaml(strength))
+        if isinstance(strength, bool) or not isinstance(strength, int | float):
+            raise RequestError(f"strength is {strength!r} (expected a number, or block weights)")
+        return Addition(name.id, float(strength))
 
     def _deeper(self, read: Any, raw: Any) -> Any:
         self._depth += 1

@@ -17,7 +17,7 @@ from sdformats.files import open_source
 from sdformats.tensor import TensorSink
 from sdmerge import recipe_file
 from sdmerge.errors import MismatchError, RequestError
-from sdmerge.execute import open_model, shown
+from sdmerge.execute import open_adapter_of, open_model, shown
 from sdmerge.options import OptionFields, Options
 from sdmerge.plan import plan_merge
 from sdmerge.provenance import fingerprint
@@ -89,7 +89,8 @@ def verify(
             chosen = replace(chosen, vae=found["VAE"])
         opened = {name: open_model(stack, found[name], chosen) for name in recipe.ids}
         vae = open_model(stack, found["VAE"], chosen) if "VAE" in found else None
-        plan = plan_merge(recipe, opened, vae, chosen)
+        adapters = {name: open_adapter_of(stack, found[name]) for name in recipe.adapters}
+        plan = plan_merge(recipe, opened, vae, chosen, adapters)
         common = frozenset(name for name, spec in plan.specs.items() if output.specs.get(name) == spec)
         sink = _Comparison(output, common)
         with shown(chosen, "verifying", plan.cost) as advance:
@@ -146,7 +147,7 @@ def _recipe_of(output: TensorSource) -> tuple[Recipe, Sequence[Mapping[str, Any]
         made_with = json.loads(output.metadata.get("sdmerge.made_with", "{}"))
         recipe = recipe_file.parse(data, Path())
         known = {str(entry["id"]): entry for entry in entries}
-        wanted = [*recipe.ids, *(["VAE"] if "vae" in recipe.options else [])]
+        wanted = [*recipe.ids, *(["VAE"] if "vae" in recipe.options else []), *recipe.adapters]
         entries = [{**known[name], "id": name} for name in wanted]
         if not all(isinstance(entry["name"], str) and isinstance(entry["fingerprint"], str) for entry in entries):
             raise TypeError("an input without name or fingerprint")

@@ -6,14 +6,15 @@ import math
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sdkernels import cast
+from sdkernels import cast, philox, rounding
 from sdmerge.dtypes import TORCH
-from sdmerge.expression import Call
+from sdmerge.expression import Call, InRows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,6 +76,7 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._saturate = job.options.overflow == "saturate"
+        self._rounding = job.options.stochastic_rounding
         self._pinned = job.device.type == "cuda"
         self._stream = torch.cuda.Stream(job.device) if self._pinned else None  # type: ignore[no-untyped-call]
         self._inputs: list[_Buffer] = []
@@ -125,11 +127,11 @@ class Worker:
         self._check(step, values, result, this.type)
         data, out = self._output.window(count * this.bits // 8, this.type)
         if result.device.type == "cpu":
-            cast.narrow(result, out, saturate=self._saturate)
+            self._round(step, result, out, start)
         else:
             rounded = torch.empty(count, dtype=this.type, device=result.device)
             # waits for the current stream: then `out` is complete, and the inputs' buffers may be filled again
-            out.copy_(cast.narrow(result, rounded, saturate=self._saturate), non_blocking=False)
+            out.copy_(self._round(step, result, rounded, start), non_blocking=False)
         this.write(step.name, start * this.bits // 8, data)
 
     def _read_block(self, this: _Prepared, start: int, count: int) -> list[Tensor]:
@@ -154,6 +156,8 @@ class Worker:
         for target in group:
             if isinstance(target.step.compute, Call) and target.step.compute.in_blocks:
                 self._measured(target, target.step.compute, values)
+            elif isinstance(target.step.compute, InRows):
+                self._in_rows(target, target.step.compute, values)
             else:
                 self._at_once(target, values)
         del values
@@ -168,6 +172,20 @@ class Worker:
         for start in range(0, blocks.spec.numel, BLOCK):
             self._emit(this, [value[start : start + BLOCK] for value in flat], start)
 
+    def _in_rows(self, target: Target, compute: InRows, values: list[Tensor]) -> None:
+        """Compute and write spans of whole rows."""
+        weight = values[compute.index]
+        columns = prod(weight.shape[1:])
+        if not 0 < columns <= BLOCK:
+            self._at_once(target, values)
+            return
+        span = compute.prepare(values)
+        reads = (target.step.reads[compute.index],)
+        rows = replace(target.step, reads=reads, compute=lambda part, start: span(part[0], start), whole=False)
+        this, flat, size = _Prepared(replace(target, step=rows)), weight.reshape(-1), BLOCK // columns * columns
+        for start in range(0, flat.numel(), size):
+            self._emit(this, [flat[start : start + size]], start)
+
     def _at_once(self, target: Target, values: list[Tensor]) -> None:
         step = target.step
         result = computed(step, values, 0)
@@ -175,11 +193,20 @@ class Worker:
         out = torch.empty(step.spec.shape, dtype=dtype)
         if step.spec.dtype.is_float:
             self._check(step, values, result, dtype)
-            cast.narrow(result.cpu(), out, saturate=self._saturate)
+            self._round(step, result.cpu(), out, 0)
         else:
             out.copy_(result)
         if step.spec.nbytes:
             target.sink.write(step.name, 0, as_bytes(out))
+
+    def _round(self, step: Step, result: Tensor, out: Tensor, start: int) -> Tensor:
+        """Round once, to nearest or by chance; `start` is the index of the first element in the tensor."""
+        if self._rounding is None:
+            return cast.narrow(result, out, saturate=self._saturate)
+        if self._saturate:
+            top = torch.finfo(out.dtype).max
+            result = result.clamp(-top, top)
+        return rounding.stochastic(result, out, philox.key(self._rounding, f"{step.name}: rounding"), start)
 
     def _check(self, step: Step, values: list[Tensor], result: Tensor, dtype: torch.dtype) -> None:
         """Look for NaN, infinity and overflow: one cheap reduction where all is well."""

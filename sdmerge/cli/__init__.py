@@ -23,6 +23,7 @@ COMMANDS = {
     "add-diff": ("sdmerge.cli.merge:add_diff", "A + alpha (B - C): give A what B learned over C."),
     "weighted": ("sdmerge.cli.merge:weighted", "Weighted sum of two or more models."),
     "merge": ("sdmerge.cli.merge:merge", "Merge models by any method; `sdmerge methods` lists them."),
+    "bake": ("sdmerge.cli.bake:bake", "Add adapters (LoRA and its relatives) to a model's weights."),
     "run": ("sdmerge.cli.merge:run", "Carry out a recipe (YAML, or mergekit's)."),
     "verify": ("sdmerge.cli.verify:verify", "Derive a merge again from its recipe, and compare every byte."),
     "diff": ("sdmerge.cli.diff:diff", "Compare two models, by block and by tensor."),

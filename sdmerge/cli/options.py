@@ -62,6 +62,15 @@ def merge_options(function: F) -> F:
     )
 
 
+def bake_options(function: F) -> F:
+    """Add what baking has: an output, and whether inputs are hashed."""
+    for option in reversed((_MERGE[1], *_OUTPUT)):
+        function = option(function)
+    return click.option("-o", "--output", required=True, type=click.Path(), help="The .safetensors file to write.")(
+        function
+    )
+
+
 def run_options(function: F) -> F:
     """Add what a recipe can be run with: it may say itself where to write."""
     vae = click.option("--vae", type=click.Path(), help="Take the VAE from this file.")

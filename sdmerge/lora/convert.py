@@ -87,9 +87,13 @@ def convert_adapter(source: Path, target: Path, conversion: Conversion, options:
         _check_target(target, folder=bool(written.texts))
         if options.dry_run:
             return report_of(plan, target, started)
-        make_sink = partial(_sink, texts=written.texts, overwrite=options.overwrite)
-        metadata = metadata_of(written.metadata)
-        return write_plans([plan], [metadata], [target], options, started, "converting", make_sink)[0]
+        return write_written(plan, written, target, options, started, "converting")
+
+
+def write_written(plan: Plan, written: Written, target: Path, options: Options, started: float, label: str) -> Report:
+    """Write what a layout made: a file, or a folder where it has files of text."""
+    make_sink = partial(_sink, texts=written.texts, overwrite=options.overwrite)
+    return write_plans([plan], [metadata_of(written.metadata)], [target], options, started, label, make_sink)[0]
 
 
 def _planned(

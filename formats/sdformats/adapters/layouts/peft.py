@@ -33,9 +33,24 @@ BASE = "base_model.model."
 FOLDERS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
 _CLASSES = {"unet": ("UNet2DConditionModel", "diffusers"), "te1": ("CLIPTextModel", "transformers")}
 _CLASSES |= {"te2": ("CLIPTextModelWithProjection", "transformers"), "te3": ("T5EncoderModel", "transformers")}
-_UNET: tuple[str, ...] = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
+_UNET: tuple[str, ...] = (
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "conv_in",
+    "conv_out",
+    "time_embedding.",
+    "add_embedding.",
+)
 _UNET += ("conv_norm_out", "norm_out.", "proj_out", "time_text_embed.")
-_NETWORK: tuple[str, ...] = (*_UNET, "transformer_blocks.", "single_transformer_blocks.", "x_embedder", "context_embedder", "pos_embed")
+_NETWORK: tuple[str, ...] = (
+    *_UNET,
+    "transformer_blocks.",
+    "single_transformer_blocks.",
+    "x_embedder",
+    "context_embedder",
+    "pos_embed",
+)
 _ENDS = {key: role for key, role in (PEFT | KOHYA).items() if role not in ("scale", "weight", LENGTHS)}
 
 

@@ -1,0 +1,299 @@
+"""Bake adapters into a model: which tensor each module is, and what is added to it.
+
+All changes are taken from the model's own weights and added up in float32, with one rounding at the end. Plain LoRA never
+makes its whole difference: ranks of all adapters are put side by side, and rows are multiplied while they are in the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from sdformats.adapters import fused
+from sdformats.adapters.reading import listed
+from sdformats.adapters.records import Full, LoRA, Norm, Rows
+from sdkernels import cast
+from sdmerge.errors import FamilyError, MismatchError, RequestError
+from sdmerge.lora.delta import delta, needs_weight
+from sdmerge.lora.places import Places
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import Tensor
+
+    from sdformats.adapters.adapter import Adapter
+    from sdformats.adapters.record import Record
+    from sdformats.adapters.tensors import Ref, Stored
+    from sdformats.tensor import TensorSource
+    from sdmerge.blocks import Weights
+    from sdmerge.lora.places import Place
+
+    StrengthOf = Callable[[str], float]
+    """Returns an adapter's strength for one tensor of the model."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one module of an adapter adds to one tensor.
+
+    Attributes:
+        record: what is trained.
+        strength: what its change is multiplied with, beside its own scale.
+        rows: the tensor's rows that are the module.
+        transposed: whether the tensor is (in, out).
+        bias: whether the tensor is the module's bias.
+    """
+
+    record: Record
+    strength: float
+    rows: tuple[int, int]
+    transposed: bool = False
+    bias: bool = False
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """The tensors that it needs."""
+        if self.bias:
+            return (self.record.bias,) if self.record.bias is not None else ()
+        return tuple(ref for name, ref in self.record.refs if name != "bias")
+
+    @property
+    def thin(self) -> bool:
+        """Whether it is a product of two factors alone."""
+        record = self.record
+        return isinstance(record, LoRA) and record.mid is None and record.magnitude is None and not self.bias
+
+
+Contributions = dict[str, list[Contribution]]
+
+
+def contributions(
+    source: TensorSource, family: str | None, adapters: Iterable[tuple[Adapter, StrengthOf]]
+) -> Contributions:
+    """Return what adapters add to each tensor of a model.
+
+    Args:
+        source: the model.
+        family: what it is, where that is known.
+        adapters: each with its strength for every tensor.
+
+    Raises:
+        FamilyError: an adapter is for another family.
+        MismatchError: modules have no place in the model, or other sizes there.
+        RequestError: an adapter's scale is not known.
+    """
+    places = Places(source, family)
+    found: Contributions = {}
+    for adapter, strength in adapters:
+        if not adapter.scaled:
+            raise RequestError(
+                f"an adapter for {source.path.name} has no known scale: put its adapter_config.json beside it"
+            )
+        if adapter.family and places.family and adapter.family != places.family:
+            raise FamilyError(f"{source.path}: is {places.family}, and the adapter is for {adapter.family}")
+        missing = [
+            path for path, record in adapter.modules.items() if not _place(found, places, path, record, strength)
+        ]
+        if missing:
+            raise MismatchError(
+                f"{source.path}: has no place for {len(missing):,} of the adapter's {len(adapter.modules):,} modules: "
+                f"{listed(missing)} (with strength 0 for a part of the model its modules are left out: --te-strength 0)"
+            )
+    return {name: _regrouped(name, added) for name, added in found.items()}
+
+
+def _place(found: Contributions, places: Places, path: str, record: Record, strength: StrengthOf) -> bool:
+    """Add a module's contributions; return whether it has a place, or needs none."""
+    place = places.find(path)
+    if place is None:
+        return strength(_stand_in(path)) == 0
+    specs = places.source.specs
+    shape = specs[place.weight].shape
+    rows = place.range_of(shape[1 if place.transposed else 0])
+    amount = strength(place.weight)
+    if amount == 0:
+        return True
+    record = fused.swapped(record) if place.swapped else record
+    if not (isinstance(record, Full) and record.weight is None):
+        _check_shape(path, record, shape, place, rows)
+        found.setdefault(place.weight, []).append(Contribution(record, amount, rows, place.transposed))
+    if record.bias is None:
+        return True
+    if place.bias not in specs:
+        return False
+    found.setdefault(place.bias, []).append(Contribution(record, amount, rows, bias=True))
+    return True
+
+
+def _stand_in(path: str) -> str:
+    """Return a tensor's name that stands for a module's part of the model, for its strength."""
+    component, _, rest = path.partition(".")
+    return f"unet.{rest}.weight" if component == "unet" else f"text_encoder.{rest}.weight"
+
+
+def _check_shape(path: str, record: Record, shape: tuple[int, ...], place: Place, rows: tuple[int, int]) -> None:
+    """Refuse factors of another size than the weight's, before anything is written."""
+    height = record.height
+    if height is not None and height != rows[1] - rows[0]:
+        raise MismatchError(f"{place.weight!r}: has {rows[1] - rows[0]} rows, and the adapter's {path} has {height}")
+    if isinstance(record, LoRA):
+        inputs = shape[0] if place.transposed else prod(shape[1:])
+        columns = record.columns if record.mid is None else record.columns * prod(record.mid.shape[2:])
+        if columns != inputs:
+            raise MismatchError(f"{place.weight!r}: has {inputs} columns, and the adapter's {path} has {columns}")
+
+
+def _regrouped(name: str, added: list[Contribution]) -> list[Contribution]:
+    """Put rows of one fused record together again where its change depends on the whole fused weight."""
+    result: list[Contribution] = []
+    groups: dict[int, list[Contribution]] = {}
+    for one in added:
+        if isinstance(one.record, Rows) and needs_weight(one.record):
+            groups.setdefault(id(one.record.of), []).append(one)
+        else:
+            result.append(one)
+    for parts in groups.values():
+        parts.sort(key=lambda one: one.rows)
+        first = parts[0]
+        assert isinstance(first.record, Rows), "grouped above"
+        taken = [pair for part in parts if isinstance(part.record, Rows) for pair in part.record.ranges]
+        whole = first.record.of
+        edges = [part.rows for part in parts]
+        in_order = taken[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(taken))
+        if not in_order or taken != edges or taken[-1][1] != whole.height or len({p.strength for p in parts}) > 1:
+            raise MismatchError(
+                f"{name!r}: an adapter changes q, k and v as one module of {whole.algorithm}, which this model has apart"
+            )
+        result.append(replace(first, record=whole, rows=(0, edges[-1][1])))
+    return result
+
+
+@dataclass(frozen=True)
+class Baked:
+    """An expression: a model's tensor with adapters added.
+
+    Attributes:
+        index: which of the step's reads is the tensor.
+        added: what is added to it.
+        stored: the adapters' tensors, and which of the step's reads each is.
+    """
+
+    index: int
+    added: tuple[Contribution, ...]
+    stored: tuple[tuple[Stored, int], ...]
+
+    elementwise = False
+    propagates = True
+
+    def __call__(self, tensors: Sequence[Tensor], _start: int) -> Tensor:
+        """Compute the whole tensor."""
+        rows = self.prepare(tensors)
+        weight = tensors[self.index]
+        return rows(weight.reshape(-1), 0).reshape(weight.shape)
+
+    def prepare(self, tensors: Sequence[Tensor]) -> Callable[[Tensor, int], Tensor]:
+        """Return a function that computes a span of whole rows.
+
+        Args:
+            tensors: the step's reads, whole.
+
+        Returns:
+            A function of the span's elements as stored, flat, and the index of the first: the result in float32, flat.
+        """
+        weight = tensors[self.index]
+        wide = cast.accumulator(weight.dtype)
+        read = {stored: tensors[index] for stored, index in self.stored}
+
+        def get(ref: Ref) -> Tensor:
+            return torch.as_tensor(ref.evaluate(lambda one: read[one].to(wide), torch)).to(wide)
+
+        thin = [one for one in self.added if one.thin]
+        dense = [one for one in self.added if not one.thin]
+        products = _products(thin, get)
+        total = _dense(
+            dense, get, weight.to(wide) if any(needs_weight(one.record) for one in dense) else None, weight.shape
+        )
+        return partial(_span, products=products, total=total, columns=prod(weight.shape[1:]) or 1, wide=wide)
+
+
+_Product = tuple[int, int, "Tensor", "Tensor"]
+
+
+def _products(thin: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> list[_Product]:
+    """Put the ranks of all LoRAs on the same rows side by side, scales in the up."""
+    by_rows: dict[tuple[tuple[int, int], bool], list[tuple[Tensor, Tensor]]] = {}
+    for one in thin:
+        assert isinstance(one.record, LoRA), "thin says so"
+        up, down = get(one.record.up).flatten(1), get(one.record.down).flatten(1)
+        by_rows.setdefault((one.rows, one.transposed), []).append((up * (one.record.scale * one.strength), down))
+    found = []
+    for (rows, transposed), pairs in by_rows.items():
+        up = torch.cat([up for up, _ in pairs], 1)
+        down = torch.cat([down for _, down in pairs], 0)
+        if transposed:
+            found.append((0, down.shape[1], down.T.contiguous(), up.T.contiguous()))
+        else:
+            found.append((*rows, up, down))
+    return found
+
+
+def _dense(
+    dense: Sequence[Contribution], get: Callable[[Ref], Tensor], weight: Tensor | None, shape: torch.Size
+) -> Tensor | None:
+    """Return the sum of all changes that are no plain products, of the tensor's shape; None where there are none."""
+    total: Tensor | None = None
+    for one in dense:
+        whole = one.transposed or one.rows == (0, shape[0])
+        part = shape[::-1] if one.transposed else (one.rows[1] - one.rows[0], *shape[1:])
+        if one.bias:
+            assert one.record.bias is not None, "placed for its bias"
+            made = get(one.record.bias).reshape(part)
+        elif isinstance(one.record, Norm):
+            made = get(one.record.weight).reshape(part)
+        else:
+            mine = None
+            if weight is not None and needs_weight(one.record):
+                mine = weight.T if one.transposed else weight[one.rows[0] : one.rows[1]]
+            made = delta(one.record, get, mine, tuple(part))
+        made = made.T if one.transposed else made
+        if total is None and whole:
+            total = made * one.strength
+            continue
+        total = torch.zeros(shape, dtype=made.dtype, device=made.device) if total is None else total
+        rows = slice(None) if one.transposed else slice(*one.rows)
+        total[rows] += made * one.strength
+    return total
+
+
+def _span(
+    values: Tensor, start: int, *, products: list[_Product], total: Tensor | None, columns: int, wide: torch.dtype
+) -> Tensor:
+    """Return a span of rows: what is stored, plus products, plus whole changes."""
+    result = values.to(wide, copy=True).reshape(-1, columns)
+    top = start // columns
+    bottom = top + result.shape[0]
+    for first, last, up, down in products:
+        low, high = max(first, top), min(last, bottom)
+        if low < high:
+            result[low - top : high - top].addmm_(up[low - first : high - first], down)
+    flat = result.reshape(-1)
+    if total is not None:
+        flat += total.reshape(-1)[start : start + flat.numel()]
+    return flat
+
+
+def strength_of(strength: float | Weights, table: object) -> StrengthOf:
+    """Return a function that tells an adapter's strength for a tensor by its name."""
+    from sdmerge.block_tables import Table
+    from sdmerge.blocks import Weights
+
+    if not isinstance(strength, Weights):
+        return lambda _name: strength
+    assert isinstance(table, Table), "block weights need the family's table"
+    return lambda name: strength.at(name, table)
