@@ -16,10 +16,11 @@ import torch
 
 from sdformats.adapters import fused
 from sdformats.adapters.reading import listed
-from sdformats.adapters.records import Full, LoRA, Norm, Rows
+from sdformats.adapters.records import Full, LoHa, LoKr, LoRA, Norm, Rows
 from sdkernels import cast
 from sdmerge.errors import FamilyError, MismatchError, RequestError
-from sdmerge.lora.delta import delta, needs_weight
+from sdmerge.lora.algebra import as_lora
+from sdmerge.lora.delta import delta, factors, needs_weight
 from sdmerge.lora.places import Places
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Contribution:
     def thin(self) -> bool:
         """Whether it is a product of two factors alone."""
         record = self.record
-        return isinstance(record, LoRA) and record.mid is None and record.magnitude is None and not self.bias
+        return isinstance(record, LoRA) and record.magnitude is None and not self.bias
 
 
 Contributions = dict[str, list[Contribution]]
@@ -213,34 +214,78 @@ class Baked:
         def get(ref: Ref) -> Tensor:
             return torch.as_tensor(ref.evaluate(lambda one: read[one].to(wide), torch)).to(wide)
 
-        thin = [one for one in self.added if one.thin]
-        dense = [one for one in self.added if not one.thin]
-        products = _products(thin, get)
+        dense = [one for one in self.added if not (one.thin or _in_rows(one))]
+        adders = [*_products([one for one in self.added if one.thin], get), *_others(self.added, get)]
         total = _dense(
             dense, get, weight.to(wide) if any(needs_weight(one.record) for one in dense) else None, weight.shape
         )
-        return partial(_span, products=products, total=total, columns=prod(weight.shape[1:]) or 1, wide=wide)
+        return partial(_span, adders=adders, total=total, columns=prod(weight.shape[1:]) or 1, wide=wide)
 
 
-_Product = tuple[int, int, "Tensor", "Tensor"]
+_Adder = tuple[int, int, "Callable[[Tensor, int, int], object]"]
+"""First row, the one after the last, and a function that adds rows `low` to `high` of its own to a matrix."""
 
 
-def _products(thin: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> list[_Product]:
+def _in_rows(one: Contribution) -> bool:
+    """Whether a change is no product of two factors, but any of its rows can be made alone."""
+    record = one.record
+    plain = record.magnitude is None and not one.transposed and not one.bias
+    return plain and isinstance(record, LoHa | LoKr) and not _has_core(record)
+
+
+def _has_core(record: LoHa | LoKr) -> bool:
+    return (record.t1 if isinstance(record, LoHa) else record.t2) is not None
+
+
+def _products(thin: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> list[_Adder]:
     """Put the ranks of all LoRAs on the same rows side by side, scales in the up."""
     by_rows: dict[tuple[tuple[int, int], bool], list[tuple[Tensor, Tensor]]] = {}
     for one in thin:
-        assert isinstance(one.record, LoRA), "thin says so"
-        up, down = get(one.record.up).flatten(1), get(one.record.down).flatten(1)
-        by_rows.setdefault((one.rows, one.transposed), []).append((up * (one.record.scale * one.strength), down))
-    found = []
+        record = as_lora("", one.record)  # a mid goes into the down
+        up, down = get(record.up).flatten(1), get(record.down).flatten(1)
+        by_rows.setdefault((one.rows, one.transposed), []).append((up * (record.scale * one.strength), down))
+    found: list[_Adder] = []
     for (rows, transposed), pairs in by_rows.items():
         up = torch.cat([up for up, _ in pairs], 1)
         down = torch.cat([down for _, down in pairs], 0)
         if transposed:
-            found.append((0, down.shape[1], down.T.contiguous(), up.T.contiguous()))
+            found.append((0, down.shape[1], partial(_add_product, up=down.T.contiguous(), down=up.T.contiguous())))
         else:
-            found.append((*rows, up, down))
+            found.append((*rows, partial(_add_product, up=up, down=down)))
     return found
+
+
+def _add_product(result: Tensor, low: int, high: int, *, up: Tensor, down: Tensor) -> None:
+    result.addmm_(up[low:high], down)
+
+
+def _others(added: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> list[_Adder]:
+    """Return what adds rows of Hadamard and Kronecker products, whose whole is never made."""
+    found: list[_Adder] = []
+    for one in added:
+        if not _in_rows(one):
+            continue
+        scale = one.record.scale * one.strength
+        if isinstance(one.record, LoHa):
+            a1, b1, a2, b2 = (
+                get(ref).flatten(1) for ref in (one.record.w1_a, one.record.w1_b, one.record.w2_a, one.record.w2_b)
+            )
+            found.append((*one.rows, partial(_add_hadamard, a1=a1 * scale, b1=b1, a2=a2, b2=b2)))
+        elif isinstance(one.record, LoKr):
+            first, second = factors(one.record, get)
+            found.append((*one.rows, partial(_add_kronecker, first=first * scale, second=second.flatten(1))))
+    return found
+
+
+def _add_hadamard(result: Tensor, low: int, high: int, *, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> None:
+    result += (a1[low:high] @ b1).mul_(a2[low:high] @ b2)
+
+
+def _add_kronecker(result: Tensor, low: int, high: int, *, first: Tensor, second: Tensor) -> None:
+    """Row i of w1 ⊗ w2 is row i / p of w1 times row i % p of w2, for a w2 of p rows."""
+    index = torch.arange(low, high, device=result.device)
+    left, right = first[index // second.shape[0]], second[index % second.shape[0]]
+    result += (left[:, :, None] * right[:, None, :]).flatten(1)
 
 
 def _dense(
@@ -272,16 +317,16 @@ def _dense(
 
 
 def _span(
-    values: Tensor, start: int, *, products: list[_Product], total: Tensor | None, columns: int, wide: torch.dtype
+    values: Tensor, start: int, *, adders: list[_Adder], total: Tensor | None, columns: int, wide: torch.dtype
 ) -> Tensor:
     """Return a span of rows: what is stored, plus products, plus whole changes."""
     result = values.to(wide, copy=True).reshape(-1, columns)
     top = start // columns
     bottom = top + result.shape[0]
-    for first, last, up, down in products:
+    for first, last, add in adders:
         low, high = max(first, top), min(last, bottom)
         if low < high:
-            result[low - top : high - top].addmm_(up[low - first : high - first], down)
+            add(result[low - top : high - top], low - first, high - first)
     flat = result.reshape(-1)
     if total is not None:
         flat += total.reshape(-1)[start : start + flat.numel()]

@@ -117,17 +117,21 @@ def _hadamard(a: Tensor, b: Tensor, t: Ref | None, get: Get) -> Tensor:
 
 def _kronecker(record: LoKr, get: Get) -> Tensor:
     """Flatten kernels: the product over a flattened convolution is the same matrix in old files and new."""
-    first = get(record.w1) if record.w1 is not None else _product(record.w1_a, record.w1_b, get)
-    if record.w2 is not None:
-        second = get(record.w2)
-    elif record.t2 is not None:
-        assert record.w2_a is not None, "assembled with both factors"
-        assert record.w2_b is not None, "assembled with both factors"
-        second = torch.einsum("ijhw,io,jc->ochw", get(record.t2), get(record.w2_a), get(record.w2_b))
-    else:
-        second = _product(record.w2_a, record.w2_b, get)
+    first, second = factors(record, get)
     made = torch.kron(first, second.flatten(1))
     return made if second.dim() == 2 else made.reshape(made.shape[0], -1, *second.shape[2:])
+
+
+def factors(record: LoKr, get: Get) -> tuple[Tensor, Tensor]:
+    """Return the two factors of a Kronecker product: (o1, i1), and (o2, i2) or (o2, i2, kh, kw)."""
+    first = get(record.w1) if record.w1 is not None else _product(record.w1_a, record.w1_b, get)
+    if record.w2 is not None:
+        return first, get(record.w2)
+    if record.t2 is None:
+        return first, _product(record.w2_a, record.w2_b, get)
+    assert record.w2_a is not None, "assembled with both factors"
+    assert record.w2_b is not None, "assembled with both factors"
+    return first, torch.einsum("ijhw,io,jc->ochw", get(record.t2), get(record.w2_a), get(record.w2_b))
 
 
 def _product(a: Ref | None, b: Ref | None, get: Get) -> Tensor:

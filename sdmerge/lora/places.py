@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sdformats.adapters import names
 from sdformats.adapters.tensors import Ref, Stored, rows
-from sdformats.layout import DIFFUSERS, detect
+from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
 from sdmerge.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Places:
         self.source = source
         seen = detect(source.specs, family=family)
         self.family = family or seen.family
-        self._diffusers = seen.spelling == DIFFUSERS
+        self._spelling = seen.spelling
 
     def find(self, path: str) -> Place | None:
         """Return a module's place, or None where the model has none for it."""
@@ -112,11 +112,10 @@ class Places:
             yield from self._text(component, rest)
 
     def _network(self, rest: str) -> Iterator[Place]:
-        if self._diffusers:
+        if self._spelling != SINGLE_FILE:
             for prefix in ("unet.", "transformer.", ""):
                 yield _place(prefix + rest)
-            return
-        found = self._fused.get(rest)
+        found = self._fused.get(rest) if self._spelling != DIFFUSERS else None
         for prefix in _UNET_PREFIXES:
             if found is not None:
                 theirs, index, fusion = found

@@ -121,7 +121,7 @@ def detect_adapter(specs: Mapping[str, Spec]) -> AdapterLayout:
     best = max((score for score, _ in scores), default=0)
     if best == 0:
         raise FormatError(
-            f"is an adapter in no known layout; its names begin with {beginnings(specs)}",
+            f"is no adapter in any known layout; its names begin with {beginnings(specs)}",
             expected="one of those that `sdmerge layouts` lists",
         )
     winners = [layout.name for score, layout in scores if score == best]

@@ -134,7 +134,7 @@ def test_a_list_of_factors_that_do_not_fit_is_an_error(tmp_path: Path) -> None:
 
 def test_a_list_of_numbers_alone_is_no_adapter(tmp_path: Path) -> None:
     torch.save([torch.zeros(3), torch.zeros(3)], tmp_path / "a.pt")
-    assert "no known layout" in refusal(tmp_path / "a.pt")
+    assert "no adapter in any known layout" in refusal(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(
