@@ -1,4 +1,4 @@
-"""A full-size adapter to measure with: an SDXL LoRA as sd-scripts writes it, random, fp16, written once into a cache folder."""
+"""A full-size adapter to measure with: a LoRA as sd-scripts writes it, random, fp16, written once into a cache folder."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from sdformats.safetensors import SafetensorsSink
 from sdformats.tensor import DType, Spec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from benchmarks.shapes import Family
 
 _UNET = "model.diffusion_model."
-_TE1 = "conditioner.embedders.0.transformer."
+_TEXT_ENCODERS = {"conditioner.embedders.0.transformer.": "lora_te1_", "cond_stage_model.transformer.": "lora_te_"}
 _LEFT_OUT = re.compile(r"time_embed|label_emb|\.emb_layers\.|\.0\.0\.weight$|\.out\.")
 _DEVIATION = 0.02
 _CHUNK = 1 << 22
 
 
-def adapter_file(family: Family, rank: int, cache: Path, *, report: Callable[[str], None]) -> Path:
+def adapter_file(family: Family, rank: int, cache: Path, *, report: Callable[[str], None], number: int = 0) -> Path:
     """Return the file, and write it first where it is not there.
 
     Args:
@@ -33,9 +33,10 @@ def adapter_file(family: Family, rank: int, cache: Path, *, report: Callable[[st
         rank: of every layer, convolutions included.
         cache: the folder.
         report: told what is written.
+        number: which of several.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    path = cache / f"{family.name}-lora-r{rank}.safetensors"
+    path = cache / f"{family.name}-lora-r{rank}{f'-{number}' if number else ''}.safetensors"
     if path.exists():
         return path
     specs = dict(_tensors(family.specs(), rank))
@@ -43,17 +44,17 @@ def adapter_file(family: Family, rank: int, cache: Path, *, report: Callable[[st
     noise = Noise()
     with SafetensorsSink(path, specs, {"ss_network_dim": str(rank)}) as sink:
         for name, spec in specs.items():
-            _write(sink, name, spec, noise, rank)
+            _write(sink, name, spec, noise, rank, number)
     return path
 
 
-def _write(sink: SafetensorsSink, name: str, spec: Spec, noise: Noise, rank: int) -> None:
+def _write(sink: SafetensorsSink, name: str, spec: Spec, noise: Noise, rank: int, number: int) -> None:
     if not spec.shape:
         sink.write(name, 0, memoryview(np.float16(rank / 2).tobytes()))
         return
     for start in range(0, spec.numel, _CHUNK):
         count = min(_CHUNK, spec.numel - start)
-        values = (noise.take(count, zlib.crc32(name.encode()), start) * _DEVIATION).astype("<f2")
+        values = (noise.take(count, zlib.crc32(name.encode()), start, number) * _DEVIATION).astype("<f2")
         sink.write(name, 2 * start, values.data.cast("B"))
 
 
@@ -72,7 +73,19 @@ def _module(name: str) -> str | None:
     """Return sd-scripts' name for a layer, or None where it is not trained."""
     if not name.endswith(".weight") or _LEFT_OUT.search(name):
         return None
-    for prefix, written in ((_UNET, "lora_unet_"), (_TE1, "lora_te1_")):
+    for prefix, written in ((_UNET, "lora_unet_"), *_TEXT_ENCODERS.items()):
         if name.startswith(prefix) and "embedding" not in name:
             return written + name.removeprefix(prefix).removesuffix(".weight").replace(".", "_")
     return None
+
+
+def places(adapter: Container[str], model: Iterable[str]) -> dict[str, str]:
+    """Return the model's tensor by the adapter's module."""
+    found = {module: name for name in model if (module := _module(name)) is not None}
+    return {module: name for module, name in found.items() if f"{module}.alpha" in adapter}
+
+
+def flops(specs: Mapping[str, Spec], rank: int) -> int:
+    """Return how many operations it takes to form all changes: two for each element and rank."""
+    adapter = dict(_tensors(specs, rank))
+    return sum(2 * specs[name].numel * rank for name in places(adapter, specs).values())

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     Request = dict[str, Any]
     Call = Callable[[], object]
 
+GEMM = 4096
+
 
 def prepare_floor(request: Request) -> Call:
     """See `floor.read_and_write`."""
@@ -40,6 +42,9 @@ def prepare_sdmerge(request: Request) -> Call:
     common = {"output": request["output"], "threads": request["threads"], "overwrite": True}
     if job["operation"] == "add-diff":
         return lambda: add_difference(*inputs, alpha=job["alpha"], **common)
+    if job["operation"] == "bake":
+        import_module("sdmerge.lora.bake")
+        return lambda: sdmerge.bake(inputs[0], inputs[1:], **common)
     if job["operation"] == "convert":
         import_module("sdmerge.lora.convert")
         return lambda: sdmerge.convert(*inputs, to=job["layout"], **common)
@@ -74,6 +79,39 @@ def prepare_mecha(request: Request) -> Call:
     return lambda: mecha.merge(recipe, output=output)
 
 
+def prepare_gemm(request: Request) -> Call:
+    """Prepare a large product in float32, whose rate the arithmetic of a bake is measured against."""
+    torch = import_module("torch")
+    torch.set_num_threads(request["threads"])
+    a, b = (torch.randn(GEMM, GEMM) for _ in range(2))
+    out = torch.mm(a, b)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def prepare_usual(request: Request) -> Call:
+    """Prepare the usual pattern on the same tensors, as LyCORIS's and PEFT's merging do it, in memory.
+
+    Load the model and the adapters; for each adapter and each layer form up times down in float32 and add it to the
+    weight in its own type.
+    """
+    safetensors, torch = import_module("safetensors.torch"), import_module("torch")
+    places = import_module("benchmarks.adapter_files").places
+
+    def call() -> None:
+        model = safetensors.load_file(request["inputs"][0])
+        for path in request["inputs"][1:]:
+            adapter = safetensors.load_file(path)
+            for module, name in places(adapter, model).items():
+                up, down = (adapter[f"{module}.lora_{end}.weight"].float().flatten(1) for end in ("up", "down"))
+                scale = adapter[f"{module}.alpha"].item() / down.shape[0]
+                weight = model[name]
+                model[name] = (weight.float() + scale * (up @ down).reshape(weight.shape)).to(weight.dtype)
+        safetensors.save_file(model, request["output"])
+
+    torch.set_num_threads(request["threads"])
+    return call
+
+
 def prepare_mergekit(request: Request) -> Call:
     """Prepare ``mergekit-pytorch``, its command for raw checkpoints, with its method ``linear``.
 
@@ -94,7 +132,9 @@ def prepare_mergekit(request: Request) -> Call:
 
 TOOLS: dict[str, tuple[str, Callable[[Request], Call]]] = {
     "floor": ("", prepare_floor),
+    "gemm": ("", prepare_gemm),
     "sdmerge": ("sdmerge", prepare_sdmerge),
+    "usual": ("", prepare_usual),
     "sd-mecha": ("sd-mecha", prepare_mecha),
     "mergekit": ("mergekit", prepare_mergekit),
 }

@@ -25,7 +25,7 @@ class Job:
 
     Args:
         name: how the table calls it.
-        operation: ``weighted``, ``add-diff``, ``ties``, or ``convert`` of an adapter.
+        operation: ``weighted``, ``add-diff``, ``ties``, ``convert`` of an adapter, or ``bake``.
         coefficients: what each model is multiplied with.
         alpha: the factor that the user gives, where it is not a list of weights.
         layout: what an adapter is converted to.
@@ -66,6 +66,11 @@ class Job:
     def convert(cls, layout: str) -> Job:
         """Convert an adapter to another layout."""
         return cls(f"to {layout}", "convert", (1.0,), layout=layout)
+
+    @classmethod
+    def bake(cls, adapters: int) -> Job:
+        """Bake adapters into a model."""
+        return cls(f"bake {adapters}", "bake", (1.0,) * (adapters + 1))
 
 
 ADD_FULL = Job.add_difference(1.0)

@@ -9,7 +9,7 @@ import sdkernels
 from sdmerge.method import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -31,14 +31,26 @@ class Expression(Protocol):
         """Compute it from the step's reads: whole, or the same block of each, which begins at element `start`."""
 
 
+class AddTile(Protocol):
+    """Adds to a tile of a matrix what belongs there."""
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether tiles must be as wide as the matrix."""
+
+    def __call__(self, tile: Tensor, row: int, column: int) -> None:
+        """Add to `tile`, whose first element is at `row` and `column`."""
+
+
 @runtime_checkable
-class InRows(Protocol):
-    """An expression of whole tensors whose result can be had in spans of rows, so that it is never held whole."""
+class InTiles(Protocol):
+    """An expression of whole tensors that adds to one of them, tile by tile, so that what is added is never held whole."""
 
     index: int
+    """Which of the step's reads is added to."""
 
-    def prepare(self, tensors: Sequence[Tensor]) -> Callable[[Tensor, int], Tensor]:
-        """Return a function of a span of the `index`-th read, flat, and the index of its first element."""
+    def prepare(self, tensors: Sequence[Tensor]) -> AddTile:
+        """Return what adds to a tile, given the step's reads as stored."""
 
 
 @dataclass(frozen=True, slots=True)

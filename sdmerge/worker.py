@@ -6,7 +6,6 @@ import math
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from sdkernels import cast, philox, rounding
 from sdmerge.dtypes import TORCH
-from sdmerge.expression import Call, InRows
+from sdmerge.expression import Call, InTiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +27,8 @@ BLOCK = 1 << 18
 WIDEST = 8
 """Bytes of the widest element."""
 _SMALLEST = 1 << 10
+TILE = 1 << 10
+"""Columns of a tile of a matrix that is added to: with BLOCK elements in all, it is multiplied at nearly the full rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +157,8 @@ class Worker:
         for target in group:
             if isinstance(target.step.compute, Call) and target.step.compute.in_blocks:
                 self._measured(target, target.step.compute, values)
-            elif isinstance(target.step.compute, InRows):
-                self._in_rows(target, target.step.compute, values)
+            elif isinstance(target.step.compute, InTiles) and values[target.step.compute.index].dim():
+                self._in_tiles(target, target.step.compute, values)
             else:
                 self._at_once(target, values)
         del values
@@ -172,19 +173,32 @@ class Worker:
         for start in range(0, blocks.spec.numel, BLOCK):
             self._emit(this, [value[start : start + BLOCK] for value in flat], start)
 
-    def _in_rows(self, target: Target, compute: InRows, values: list[Tensor]) -> None:
-        """Compute and write spans of whole rows."""
+    def _in_tiles(self, target: Target, compute: InTiles, values: list[Tensor]) -> None:
+        """Widen, add to, check and round one tile after the other while it is in the cache; then write the whole."""
         weight = values[compute.index]
-        columns = prod(weight.shape[1:])
-        if not 0 < columns <= BLOCK:
-            self._at_once(target, values)
-            return
-        span = compute.prepare(values)
-        reads = (target.step.reads[compute.index],)
-        rows = replace(target.step, reads=reads, compute=lambda part, start: span(part[0], start), whole=False)
-        this, flat, size = _Prepared(replace(target, step=rows)), weight.reshape(-1), BLOCK // columns * columns
-        for start in range(0, flat.numel(), size):
-            self._emit(this, [flat[start : start + size]], start)
+        add = compute.prepare(values)
+        flat = weight.reshape(weight.shape[0], -1)
+        wide, dtype = cast.accumulator(weight.dtype), TORCH[target.step.spec.dtype]
+        step = replace(target.step, reads=(target.step.reads[compute.index],))
+        piece = self._job.pool.take(step.spec.nbytes)
+        out = piece[: step.spec.nbytes].view(dtype).reshape(flat.shape)
+        # Random numbers are drawn in the order of the elements, which whole rows are in.
+        whole_rows = add.whole_rows or self._rounding is not None
+        columns = flat.shape[1] if whole_rows else min(TILE, flat.shape[1])
+        rows = max(1, min(BLOCK // max(1, columns), flat.shape[0]))
+        held = torch.empty(rows * columns, dtype=wide, device=weight.device)
+        for row in range(0, flat.shape[0], rows):
+            for column in range(0, flat.shape[1], max(1, columns)):
+                stored = flat[row : row + rows, column : column + columns]
+                tile = held[: stored.numel()].view(stored.shape).copy_(stored)
+                add(tile, row, column)
+                self._check(step, [stored], tile, dtype)
+                place = out[row : row + rows, column : column + columns]
+                start = row * flat.shape[1] + column
+                place.copy_(self._round(step, tile.cpu(), torch.empty(tile.shape, dtype=dtype), start))
+        if step.spec.nbytes:
+            target.sink.write(step.name, 0, as_bytes(out))
+        self._job.pool.give([piece])
 
     def _at_once(self, target: Target, values: list[Tensor]) -> None:
         step = target.step

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sdformats.adapters.tensors import Ref, Stored
     from sdformats.tensor import TensorSource
     from sdmerge.blocks import Weights
+    from sdmerge.expression import AddTile
     from sdmerge.lora.places import Place
 
     StrengthOf = Callable[[str], float]
@@ -194,19 +195,13 @@ class Baked:
 
     def __call__(self, tensors: Sequence[Tensor], _start: int) -> Tensor:
         """Compute the whole tensor."""
-        rows = self.prepare(tensors)
         weight = tensors[self.index]
-        return rows(weight.reshape(-1), 0).reshape(weight.shape)
+        result = weight.to(cast.accumulator(weight.dtype), copy=True).reshape(weight.shape[0], -1)
+        self.prepare(tensors)(result, 0, 0)
+        return result.reshape(weight.shape)
 
-    def prepare(self, tensors: Sequence[Tensor]) -> Callable[[Tensor, int], Tensor]:
-        """Return a function that computes a span of whole rows.
-
-        Args:
-            tensors: the step's reads, whole.
-
-        Returns:
-            A function of the span's elements as stored, flat, and the index of the first: the result in float32, flat.
-        """
+    def prepare(self, tensors: Sequence[Tensor]) -> AddTile:
+        """Return what adds to a tile; see `sdmerge.expression.InTiles`."""
         weight = tensors[self.index]
         wide = cast.accumulator(weight.dtype)
         read = {stored: tensors[index] for stored, index in self.stored}
@@ -216,14 +211,33 @@ class Baked:
 
         dense = [one for one in self.added if not (one.thin or _in_rows(one))]
         adders = [*_products([one for one in self.added if one.thin], get), *_others(self.added, get)]
-        total = _dense(
-            dense, get, weight.to(wide) if any(needs_weight(one.record) for one in dense) else None, weight.shape
-        )
-        return partial(_span, adders=adders, total=total, columns=prod(weight.shape[1:]) or 1, wide=wide)
+        used = weight.to(wide) if any(needs_weight(one.record) for one in dense) else None
+        total = _dense(dense, get, used, weight.shape)
+        kronecker = any(isinstance(one.record, LoKr) for one in self.added if _in_rows(one))
+        return _Sum(tuple(adders), None if total is None else total.reshape(weight.shape[0], -1), kronecker)
 
 
-_Adder = tuple[int, int, "Callable[[Tensor, int, int], object]"]
-"""First row, the one after the last, and a function that adds rows `low` to `high` of its own to a matrix."""
+@dataclass(frozen=True)
+class _Sum:
+    """What adds all changes to a tile."""
+
+    adders: tuple[_Adder, ...]
+    total: Tensor | None
+    whole_rows: bool
+
+    def __call__(self, tile: Tensor, row: int, column: int) -> None:
+        """Add to `tile`."""
+        bottom, right = row + tile.shape[0], column + tile.shape[1]
+        for first, last, add in self.adders:
+            low, high = max(first, row), min(last, bottom)
+            if low < high:
+                add(tile[low - row : high - row], slice(low - first, high - first), slice(column, right))
+        if self.total is not None:
+            tile += self.total[row:bottom, column:right]
+
+
+_Adder = tuple[int, int, "Callable[[Tensor, slice, slice], object]"]
+"""First row, the one after the last, and a function that adds some rows (of its own) and columns to a matrix."""
 
 
 def _in_rows(one: Contribution) -> bool:
@@ -255,8 +269,8 @@ def _products(thin: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> lis
     return found
 
 
-def _add_product(result: Tensor, low: int, high: int, *, up: Tensor, down: Tensor) -> None:
-    result.addmm_(up[low:high], down)
+def _add_product(tile: Tensor, rows: slice, columns: slice, *, up: Tensor, down: Tensor) -> None:
+    tile.addmm_(up[rows], down[:, columns])
 
 
 def _others(added: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> list[_Adder]:
@@ -277,15 +291,15 @@ def _others(added: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> list
     return found
 
 
-def _add_hadamard(result: Tensor, low: int, high: int, *, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> None:
-    result += (a1[low:high] @ b1).mul_(a2[low:high] @ b2)
+def _add_hadamard(tile: Tensor, rows: slice, columns: slice, *, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> None:
+    tile += (a1[rows] @ b1[:, columns]).mul_(a2[rows] @ b2[:, columns])
 
 
-def _add_kronecker(result: Tensor, low: int, high: int, *, first: Tensor, second: Tensor) -> None:
+def _add_kronecker(tile: Tensor, rows: slice, _columns: slice, *, first: Tensor, second: Tensor) -> None:
     """Row i of w1 ⊗ w2 is row i / p of w1 times row i % p of w2, for a w2 of p rows."""
-    index = torch.arange(low, high, device=result.device)
+    index = torch.arange(rows.start, rows.stop, device=tile.device)
     left, right = first[index // second.shape[0]], second[index % second.shape[0]]
-    result += (left[:, :, None] * right[:, None, :]).flatten(1)
+    tile += (left[:, :, None] * right[:, None, :]).flatten(1)
 
 
 def _dense(
@@ -314,23 +328,6 @@ def _dense(
         rows = slice(None) if one.transposed else slice(*one.rows)
         total[rows] += made * one.strength
     return total
-
-
-def _span(
-    values: Tensor, start: int, *, adders: list[_Adder], total: Tensor | None, columns: int, wide: torch.dtype
-) -> Tensor:
-    """Return a span of rows: what is stored, plus products, plus whole changes."""
-    result = values.to(wide, copy=True).reshape(-1, columns)
-    top = start // columns
-    bottom = top + result.shape[0]
-    for first, last, add in adders:
-        low, high = max(first, top), min(last, bottom)
-        if low < high:
-            add(result[low - top : high - top], low - first, high - first)
-    flat = result.reshape(-1)
-    if total is not None:
-        flat += total.reshape(-1)[start : start + flat.numel()]
-    return flat
 
 
 def strength_of(strength: float | Weights, table: object) -> StrengthOf:

@@ -185,7 +185,7 @@ def test_diffusers_loads_its_old_layout(tmp_path: Path) -> None:
 def test_diffusers_loads_the_kohya_layout(tmp_path: Path) -> None:
     """With one alpha for all: it takes the most frequent one where they are mixed.
 
-    Of the UNet alone: diffusers 0.42 finds no text encoder's module of sd-scripts' files in transformers 5's networks.
+    Of the UNet alone: diffusers 0.42 does not find the text encoder's attention of sd-scripts' files in transformers 5's.
     """
     first = kohya_file(tmp_path, uniform=True, only="unet")
     sdmerge.convert(first, tmp_path / "peft", to="peft", family="sd1")

@@ -1,0 +1,81 @@
+"""Baking LoRAs into SD1.5, against reading, writing and multiplying alone, and the usual pattern. See README.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.adapter_files import adapter_file, flops
+from benchmarks.child import GEMM
+from benchmarks.jobs import Job, Run, execute
+from benchmarks.measure import available_cpus, describe_machine
+from benchmarks.model_files import model_files
+from benchmarks.report import Result
+from benchmarks.shapes import FAMILIES
+
+RANK, MOST = 128, 4
+
+
+@click.command()
+@click.option("--cache", type=click.Path(path_type=Path), required=True, help="Where the model files are, or will be.")
+@click.option("--rounds", default=3, show_default=True, help="Counted rounds; one before them is not.")
+@click.option("--threads", default=available_cpus(), show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where to write the figures.")
+def main(cache: Path, rounds: int, threads: int, json_path: Path | None) -> None:
+    """Measure, print a table, write JSON."""
+    console = Console()
+    family = FAMILIES["sd15"]
+    model = model_files(family, cache, report=console.print)[0]
+    adapters = [adapter_file(family, RANK, cache, report=console.print, number=n) for n in range(MOST)]
+    inputs, output = (model, *adapters), cache / "baked.safetensors"
+    gemm = Result(Run("gemm", Job.bake(0)))
+    by_count = {
+        count: [
+            *(Result(Run("floor", Job.bake(count), overlap=overlap)) for overlap in (False, True)),
+            Result(Run("sdmerge", Job.bake(count))),
+            Result(Run("usual", Job.bake(count))),
+        ]
+        for count in (1, MOST)
+    }
+    for number in range(rounds + 1):
+        for result in (gemm, *(one for results in by_count.values() for one in results)):
+            outcome = execute(result.run, inputs, output, threads=threads)
+            result.outcomes += [outcome] if number else []
+            output.unlink(missing_ok=True)
+    rate = 2 * GEMM**3 / min(gemm.seconds)
+    rows = []
+    for count, results in by_count.items():
+        files = min(median(result.seconds) for result in results[:2])
+        work = flops(family.specs(), RANK * count) / rate
+        rows += [_row(result, count, files, work) for result in results[2:]]
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+    if json_path:
+        found = {"machine": describe_machine(), "gemm GFLOP/s": rate / 1e9, "results": rows}
+        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _row(result: Result, count: int, files: float, work: float) -> dict[str, Any]:
+    return {
+        "tool": result.run.tool,
+        "adapters": count,
+        "seconds": median(result.seconds),
+        "all": [round(seconds, 3) for seconds in result.seconds],
+        "file floor": files,
+        "gemm floor": work,
+        "x floors": median(result.seconds) / (files + work),
+        "resident MB over idle": round((result.resident or 0) / 1e6),
+        "anonymous MB over idle": round((result.anonymous or 0) / 1e6),
+    }
+
+
+if __name__ == "__main__":
+    main()
