@@ -57,7 +57,7 @@ class Computed(Ref):
     def evaluate(self, load: Load, arrays: Any) -> Any:
         """See `Ref`. Among numpy arrays, which are bit patterns, the result is rounded to its type."""
         if arrays is np:
-            return _pattern(value(self), self.result.dtype)
+            return pattern(value(self), self.result.dtype)
         return self.function(*(operand.evaluate(load, arrays) for operand in self.operands))
 
 
@@ -81,7 +81,7 @@ class Cast(Ref):
     def evaluate(self, load: Load, arrays: Any) -> Any:
         """See `Ref`."""
         if arrays is np:
-            return _pattern(value(self), self.dtype)
+            return pattern(value(self), self.dtype)
         return self.of.evaluate(load, arrays)
 
 
@@ -135,6 +135,7 @@ def _read(stored: Stored) -> Tensor:
     return torch.frombuffer(stored.source.read(stored.key), dtype=torch.uint8).view(dtype).reshape(stored.shape)
 
 
-def _pattern(values: Tensor, dtype: DType) -> np.ndarray[Any, Any]:
+def pattern(values: Tensor, dtype: DType) -> np.ndarray[Any, Any]:
+    """Return numbers rounded to a type, as bit patterns."""
     rounded = cast.narrow(values, torch.empty(values.shape, dtype=TORCH[dtype]))
     return rounded.view(_BITS[dtype.bits]).numpy().view(f"u{dtype.bits // 8}")
