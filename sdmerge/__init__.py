@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sdmerge.api import bake as bake
     from sdmerge.api import convert as convert
     from sdmerge.api import merge as merge
+    from sdmerge.api import merge_lora as merge_lora
+    from sdmerge.api import resize_lora as resize_lora
     from sdmerge.api import run_recipe as run_recipe
     from sdmerge.api import sweep as sweep
     from sdmerge.api import weighted_sum as weighted_sum
@@ -38,6 +40,8 @@ _HOMES = {
     "bake": "sdmerge.api",
     "convert": "sdmerge.api",
     "merge": "sdmerge.api",
+    "merge_lora": "sdmerge.api",
+    "resize_lora": "sdmerge.api",
     "run_recipe": "sdmerge.api",
     "sweep": "sdmerge.api",
     "weighted_sum": "sdmerge.api",

@@ -17,11 +17,24 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sdmerge.blocks import Weights
+    from sdmerge.lora.budget import Limit
+    from sdmerge.lora.combine import How
     from sdmerge.lora.convert import Form
 
     PathLike = str | os.PathLike[str]
 
-__all__ = ["Report", "add_difference", "bake", "convert", "merge", "run_recipe", "sweep", "weighted_sum"]
+__all__ = [
+    "Report",
+    "add_difference",
+    "bake",
+    "convert",
+    "merge",
+    "merge_lora",
+    "resize_lora",
+    "run_recipe",
+    "sweep",
+    "weighted_sum",
+]
 
 
 def add_difference(
@@ -243,6 +256,102 @@ def convert(
         base=None if base is None else Path(base),
     )
     return convert_adapter(Path(source), Path(output), conversion, Options(**options))
+
+
+def resize_lora(
+    source: PathLike,
+    output: PathLike,
+    *,
+    rank: int | None = None,
+    size: int | str | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    to: str | None = None,
+    report: PathLike | None = None,
+    adapter_config: PathLike | None = None,
+    **options: Unpack[OptionFields],
+) -> Report:
+    """Write an adapter with smaller ranks, with the least error: a LoRA, LoHa or LoKr becomes a LoRA.
+
+    One of `rank`, `size`, `energy` and `error` is needed. Differences (norms, biases, whole layers) are kept.
+
+    Args:
+        source: the adapter; DoRA must be baked first.
+        output: where to write: a file, or for PEFT a folder.
+        rank: of every module.
+        size: of the file, in bytes or as ``"64MB"``; ranks are chosen for the least error of all modules together.
+        energy: the share of each module's squared singular values that is kept.
+        error: the largest relative error of a module.
+        to: a layout, as ``sdmerge layouts`` lists them; None: the input's, or one for its family.
+        report: where to write what became of each module, as JSON.
+        adapter_config: PEFT's ``adapter_config.json``, where it is not beside the file.
+        options: see `Options`.
+
+    Raises:
+        See `convert`.
+    """
+    from sdmerge.lora.combine import Combination, combine
+
+    wanted = Combination(
+        inputs=((Path(source), 1.0),),
+        how="svd",
+        limit=_limit(rank, size, energy, error),
+        to=to,
+        report=None if report is None else Path(report),
+        adapter_config=None if adapter_config is None else Path(adapter_config),
+        resizes=True,
+    )
+    return combine(wanted, Path(output), Options(**options))
+
+
+def merge_lora(
+    adapters: Sequence[PathLike | tuple[PathLike, float]],
+    output: PathLike,
+    *,
+    method: How = "sum",
+    parameters: Mapping[str, Any] | None = None,
+    rank: int | None = None,
+    size: int | str | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    to: str | None = None,
+    report: PathLike | None = None,
+    **options: Unpack[OptionFields],
+) -> Report:
+    """Write one adapter that changes a model as several do together: Σ strength ΔW.
+
+    Without a bound the sum is exact: factors are stacked, and written in float32 where the first adapter's type would
+    round them (unless a dtype is asked for).
+
+    Args:
+        adapters: LoRA, LoHa, LoKr and mixes of them; each a path, or a path and its strength.
+        output: where to write: a file, or for PEFT a folder.
+        method: ``sum``; ``svd``, a sum of bounded rank; ``ties`` or ``dare``, which merge whole differences and need a bound.
+        parameters: of TIES or DARE, as ``{"density": 0.2}``.
+        rank, size, energy, error, to, report: as in `resize_lora`.
+        options: see `Options`.
+
+    Raises:
+        See `convert`.
+    """
+    from sdmerge.lora.combine import Combination, combine
+
+    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    wanted = Combination(
+        inputs=tuple((Path(path), float(strength)) for path, strength in pairs),
+        how=method,
+        limit=_limit(rank, size, energy, error),
+        parameters=parameters or {},
+        to=to,
+        report=None if report is None else Path(report),
+    )
+    return combine(wanted, Path(output), Options(**options))
+
+
+def _limit(rank: int | None, size: int | str | None, energy: float | None, error: float | None) -> Limit:
+    from sdmerge.lora.budget import Limit, parse_size
+
+    return Limit(rank=rank, size=None if size is None else parse_size(size), energy=energy, error=error)
 
 
 def combinations(over: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

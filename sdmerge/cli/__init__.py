@@ -36,6 +36,11 @@ COMMANDS = {
         "sdmerge.cli.convert:convert",
         "Write a model as safetensors, names kept; or an adapter in another layout.",
     ),
+    "resize-lora": ("sdmerge.cli.lowrank:resize_lora", "Give an adapter smaller ranks, with the least error."),
+    "merge-lora": (
+        "sdmerge.cli.lowrank:merge_lora",
+        "Merge adapters into one: LoRA, LoHa, LoKr and mixes of them.",
+    ),
     "demo": ("sdmerge.cli.demo:demo", "Merge three tiny models and paint what they learned."),
 }
 """Name → where the command is, and its first line of help (which a test holds equal to the command's own)."""

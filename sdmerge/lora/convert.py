@@ -84,14 +84,19 @@ def convert_adapter(source: Path, target: Path, conversion: Conversion, options:
             opened = stack.enter_context(open_source(source))
             base = stack.enter_context(open_source(conversion.base)) if conversion.base is not None else None
             plan, written = _planned(opened, base, layout, conversion, options)
-        _check_target(target, folder=bool(written.texts))
-        if options.dry_run:
-            return report_of(plan, target, started)
-        return write_written(plan, written, target, options, started, "converting")
+        return write_adapter(plan, written, target, options, started, "converting")
 
 
-def write_written(plan: Plan, written: Written, target: Path, options: Options, started: float, label: str) -> Report:
-    """Write what a layout made: a file, or a folder where it has files of text."""
+def write_adapter(plan: Plan, written: Written, target: Path, options: Options, started: float, label: str) -> Report:
+    """Write what a layout made of an adapter; in a dry run, say what would be.
+
+    Raises:
+        sdmerge.errors.RequestError: the output's name is not one for this layout.
+        sdformats.errors.FormatError, sdmerge.errors.ValueRefused: as reading and writing do.
+    """
+    check_target(target, folder=bool(written.texts))
+    if options.dry_run:
+        return report_of(plan, target, started)
     make_sink = partial(_sink, texts=written.texts, overwrite=options.overwrite)
     return write_plans([plan], [metadata_of(written.metadata)], [target], options, started, label, make_sink)[0]
 
@@ -183,7 +188,12 @@ def metadata_of(texts: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in texts.items() if key not in _OF_OLD_BYTES} | {"format": "pt"}
 
 
-def _check_target(target: Path, *, folder: bool) -> None:
+def check_target(target: Path, *, folder: bool) -> None:
+    """Refuse a name that does not fit the container.
+
+    Raises:
+        RequestError: so it is.
+    """
     if not folder and target.suffix != ".safetensors":
         raise RequestError(f"{target}: outputs are safetensors files (expected a name that ends in .safetensors)")
     if folder and target.suffix:

@@ -1,0 +1,322 @@
+"""Resize adapters, and merge several into one, in factors: no model is needed, and mostly no whole difference is made."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from sdformats.adapters import open_adapter
+from sdformats.adapters.adapter import Adapter
+from sdformats.adapters.reading import check_holds
+from sdformats.adapters.records import LoRA
+from sdformats.errors import OutputExists
+from sdformats.files import open_source
+from sdformats.safetensors import layout as laid_out
+from sdmerge.errors import FamilyError, RequestError
+from sdmerge.execute import no_collection
+from sdmerge.lora import terms as sums
+from sdmerge.lora.algebra import record_type
+from sdmerge.lora.budget import Limit
+from sdmerge.lora.convert import layout_named, mapped, metadata_of, plan_of, write_adapter
+from sdmerge.lora.factors import Spectrum, WholeSpectrum, spectrum_of
+from sdmerge.lora.refs import fold
+from sdmerge.lora.shrink import Piece, Shrunk, shrink
+from sdmerge.lora.terms import Product, Term
+from sdmerge.method import Place, find
+from sdmerge.policy import Notes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from sdformats.adapters.layout import AdapterLayout, Written
+    from sdformats.adapters.record import Record
+    from sdformats.tensor import TensorSource
+    from sdmerge.execute import Report
+    from sdmerge.method import Method
+    from sdmerge.options import Options
+
+How = Literal["sum", "svd", "ties", "dare"]
+_DENSE = {"ties": "ties", "dare": "dare_linear"}
+"""The merge methods that need whole differences."""
+_BY_FAMILY = {"sdxl": "kohya-sgm", "sdxl-refiner": "kohya-sgm", "flux": "flux-kohya", "sd3": "sd3-kohya"}
+_OF_THE_MODEL = (
+    *("ss_base_model_version", "ss_v2", "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_clip_skip"),
+    *("modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.resolution"),
+    *("modelspec.prediction_type", "modelspec.encoder_layer"),
+)
+"""What is true of a sum of adapters, too; the rest is about how one was trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """What becomes of one adapter or several.
+
+    Attributes:
+        inputs: files, each with its strength.
+        how: ``sum`` stacks factors; ``svd`` is a sum that is approximated; ``ties`` and ``dare`` merge whole differences.
+        limit: what bounds the ranks; none is given: a sum is exact.
+        parameters: of TIES or DARE.
+        to: the layout's name; None: the first input's, or one for its family.
+        report: where to write what became of each module, as JSON.
+        adapter_config: PEFT's settings, where they are not beside the file.
+        resizes: whether it is one adapter, which stays what it is.
+    """
+
+    inputs: tuple[tuple[Path, float], ...]
+    how: How = "sum"
+    limit: Limit = field(default_factory=Limit)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    to: str | None = None
+    report: Path | None = None
+    adapter_config: Path | None = None
+    resizes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.how not in get_args(How):
+            raise RequestError(f"method is {self.how!r} (expected one of {', '.join(get_args(How))})")
+        if self.resizes and not self.limit.given:
+            raise RequestError("nothing says how far to resize; give one of rank, size, energy, error")
+        if self.how != "sum" and not self.limit.given:
+            raise RequestError(f"{self.how} needs a bound for what it makes; give one of rank, size, energy, error")
+        if not self.inputs or all(strength == 0 for _, strength in self.inputs):
+            raise RequestError("no adapter has a strength other than 0 (expected one or more)")
+        if not all(math.isfinite(strength) for _, strength in self.inputs):
+            raise RequestError("strengths are finite numbers")
+        if self.parameters:
+            dense_method(self.how)
+
+
+def dense_method(how: str) -> Method:
+    """Return the merge method that a way of combining is, for its parameters.
+
+    Raises:
+        RequestError: it has none.
+    """
+    if how not in _DENSE:
+        raise RequestError(f"{how} has no parameters")
+    return find(_DENSE[how])
+
+
+def combine(wanted: Combination, target: Path, options: Options) -> Report:
+    """Write the adapter that a combination describes.
+
+    Raises:
+        sdformats.errors.FormatError: a file cannot be read or written; `CannotHold` where the layout has no place for
+            something.
+        sdmerge.errors.SdmergeError: the request cannot be fulfilled.
+    """
+    started = time.perf_counter()
+    if wanted.report is not None and wanted.report.exists() and not options.overwrite:
+        raise OutputExists("exists already", path=wanted.report, advice="pass --overwrite, or choose another name")
+    with ExitStack() as stack:
+        with no_collection():
+            files = {path: stack.enter_context(open_source(path)) for path, _ in wanted.inputs}
+            read = [open_adapter(files[path], wanted.adapter_config) for path, _ in wanted.inputs]
+        adapters = [adapter for adapter, _ in read]
+        family = _family(adapters, wanted, options)
+        layout = _layout(read[0][1], family, wanted.to)
+        sources = tuple(files.values())
+        return _Work(wanted, options, adapters, family, layout).done(sources, target, started)
+
+
+def _family(adapters: Sequence[Adapter], wanted: Combination, options: Options) -> str | None:
+    """Return what all adapters are for."""
+    if options.family is not None:
+        return options.family
+    known = {adapter.family: path for adapter, (path, _) in zip(adapters, wanted.inputs, strict=True) if adapter.family}
+    if len(known) > 1:
+        shown = ", ".join(f"{path.name} for {family}" for family, path in known.items())
+        raise FamilyError(
+            f"the adapters are for different families: {shown}; --family settles it where one is mistaken"
+        )
+    return next(iter(known), None)
+
+
+def _layout(first: AdapterLayout, family: str | None, name: str | None) -> AdapterLayout:
+    if name is not None:
+        return layout_named(name)
+    if first.write is not None:
+        return first
+    return layout_named(_BY_FAMILY.get(family or "", "kohya"))
+
+
+class _Work:
+    """One combination on its way."""
+
+    def __init__(
+        self,
+        wanted: Combination,
+        options: Options,
+        adapters: Sequence[Adapter],
+        family: str | None,
+        layout: AdapterLayout,
+    ) -> None:
+        self.wanted, self.options, self.adapters = wanted, options, adapters
+        self.family, self.layout = family, layout
+        self.exact = not wanted.limit.given and options.output_type is None
+        self.values: dict[str, Any] = {}
+        if wanted.how in _DENSE:
+            self.values = dense_method(wanted.how).check(len(adapters), wanted.parameters)
+
+    def done(self, sources: tuple[TensorSource, ...], target: Path, started: float) -> Report:
+        """Compute and write."""
+        label = "resizing" if self.wanted.resizes else "merging"
+        plain, pieces = self._sorted()
+        shrunk: dict[str, Shrunk] = {}
+        if pieces:
+            size_of = partial(self._size, plain)
+            shrunk = shrink(pieces, self.wanted.limit, self.options, size_of, label)
+        adapter = self._adapter(plain, {path: one.record for path, one in shrunk.items() if one.record is not None})
+        written = self._written(adapter)
+        plan = plan_of(written, sources, self.family, self._notes(adapter, shrunk))
+        report = write_adapter(plan, written, target, self.options, started, label)
+        if self.wanted.report is not None and not self.options.dry_run:
+            text = json.dumps(_described(adapter, shrunk), indent=1)
+            self.wanted.report.write_text(text + "\n", encoding="utf-8")
+        return report
+
+    def _sorted(self) -> tuple[dict[str, Record], dict[str, Piece]]:
+        """Return what each module becomes: at once, or what is to be approximated."""
+        terms: dict[str, list[Term]] = {}
+        for i, (adapter, (_, strength)) in enumerate(zip(self.adapters, self.wanted.inputs, strict=True)):
+            _check_scales(adapter, self.wanted.inputs[i][0])
+            for path, record in adapter.modules.items() if strength else ():
+                terms.setdefault(path, []).append(Term(record, strength, i))
+        plain: dict[str, Record] = {}
+        pieces: dict[str, Piece] = {}
+        for path, found in terms.items():
+            products = sums.products_of(path, found, self.family)
+            if products is None:
+                plain[path] = sums.differences(path, found, exact=self.exact)
+            elif self.wanted.limit.given:
+                pieces[path] = self._piece(path, found, products)
+            else:
+                record = sums.stacked(products, exact=self.exact, alpha=self.layout.alpha != "none")
+                plain[path] = replace(record, bias=sums.biases(path, found, exact=self.exact))
+        return plain, pieces
+
+    def _piece(self, path: str, terms: Sequence[Term], products: tuple[Product, ...]) -> Piece:
+        load = self._factored if self.wanted.how not in _DENSE else self._merged
+        return Piece(
+            load=partial(load, path, products),
+            rows=products[0].lora.height,
+            inner=sums.inner_of(products),
+            dtype=self.options.output_type or record_type(products[0].lora),
+            before=sum(one.lora.rank for one in products),
+            bias=sums.biases(path, terms, exact=False),
+            reshape=products[0].lora.reshape,
+        )
+
+    def _factored(self, path: str, products: tuple[Product, ...]) -> Spectrum:
+        return spectrum_of(*sums.factors_of(path, products))
+
+    def _merged(self, path: str, products: tuple[Product, ...]) -> Spectrum:
+        """Merge whole differences; an adapter that does not change the module has a difference of zeros."""
+        deltas: list[torch.Tensor | None] = [None] * len(self.adapters)
+        for one in products:
+            up, down = sums.factors_of(path, [one])
+            deltas[one.index] = up @ down
+        zeros = torch.zeros(products[0].lora.height, products[0].lora.columns)
+        method = dense_method(self.wanted.how)
+        place = {"place": Place(path)} if method.takes_place else {}
+        tensors = [zeros if delta is None else delta for delta in deltas]
+        return WholeSpectrum(method.function(*tensors, base=zeros, **place, **self.values))
+
+    def _adapter(self, plain: Mapping[str, Record], loras: Mapping[str, LoRA]) -> Adapter:
+        """Return the result, modules in the order of the inputs."""
+        order = dict.fromkeys(path for adapter in self.adapters for path in adapter.modules)
+        both = {**plain, **loras}
+        modules = {path: both[path] for path in order if path in both}
+        embeddings: dict[str, Any] = {}
+        for adapter, (source, strength) in zip(self.adapters, self.wanted.inputs, strict=True):
+            for word, inside in adapter.embeddings.items() if strength else ():
+                if word in embeddings:
+                    raise RequestError(f"{source.name}: brings an embedding {word!r}, as an adapter before it does")
+                embeddings[word] = inside
+        made = Adapter(modules, embeddings, self._metadata(modules), self.family)
+        return mapped(made, self.options)
+
+    def _written(self, adapter: Adapter) -> Written:
+        check_holds(self.layout, adapter)
+        assert self.layout.write is not None, "check_holds refuses layouts that are only read"
+        return self.layout.write(self.layout, adapter, fold)
+
+    def _size(self, plain: Mapping[str, Record], loras: Mapping[str, LoRA]) -> int:
+        """Return the size of the file that would be written."""
+        written = self._written(self._adapter(plain, loras))
+        specs = {name: ref.spec for name, ref in written.tensors.items()}
+        header, _ = laid_out(specs, metadata_of(written.metadata))
+        return len(header) + sum(spec.nbytes for spec in specs.values()) + sum(map(len, written.texts.values()))
+
+    def _metadata(self, modules: Mapping[str, Record]) -> dict[str, str]:
+        """Return the first input's texts that are still true, and what was done: no dates, no paths."""
+        wanted, old = self.wanted, self.adapters[0].metadata
+        kept = dict(old) if wanted.resizes else {key: old[key] for key in _OF_THE_MODEL if key in old}
+        for key in ("ss_network_args", "ss_network_module"):
+            kept.pop(key, None)
+        loras = [record for record in modules.values() if isinstance(record, LoRA)]
+        ranks, alphas = {one.rank for one in loras}, {one.scale * one.rank for one in loras}
+        if loras:
+            kept["ss_network_module"] = "networks.lora"
+            kept["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+            kept["ss_network_alpha"] = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
+        said: dict[str, Any] = dict(wanted.limit.given)
+        if not wanted.resizes:
+            parameters = {
+                name: value for name, value in self.values.items() if isinstance(value, int | float | str | tuple)
+            }
+            said |= {"method": wanted.how, "strengths": [strength for _, strength in wanted.inputs], **parameters}
+        kept["sdmerge.resize_lora" if wanted.resizes else "sdmerge.merge_lora"] = json.dumps(said, sort_keys=True)
+        return kept
+
+    def _notes(self, adapter: Adapter, shrunk: Mapping[str, Shrunk]) -> Notes:
+        notes = Notes()
+        notes.add(f"written as {self.layout.name}")
+        for source in self.adapters:
+            for note in source.notes:
+                notes.add(note)
+        if shrunk:
+            ranks = sorted(one.rank for one in shrunk.values())
+            worst = max(shrunk, key=lambda path: shrunk[path].error)
+            notes.add(
+                f"ranks {ranks[0]} to {ranks[-1]}; relative error {_error(shrunk):.4g} in all, "
+                f"at most {shrunk[worst].error:.4g} ({worst})"
+            )
+        for path, one in shrunk.items():
+            if one.record is None:
+                notes.add("left out, as the size has no room for it", path)
+        for path, record in adapter.modules.items():
+            if not isinstance(record, LoRA) and self.wanted.limit.given:
+                notes.add("a difference, kept whole", path)
+        return notes
+
+
+def _check_scales(adapter: Adapter, path: Path) -> None:
+    if not adapter.scaled:
+        raise RequestError(
+            f"{path}: has no known scale: it is a PEFT file without its adapter_config.json (expected that beside it)"
+        )
+
+
+def _error(shrunk: Mapping[str, Shrunk]) -> float:
+    """Return the relative error of all modules together."""
+    norm = math.hypot(*(one.norm for one in shrunk.values()))
+    return math.hypot(*(one.lost for one in shrunk.values())) / norm if norm else 0.0
+
+
+def _described(adapter: Adapter, shrunk: Mapping[str, Shrunk]) -> dict[str, Any]:
+    """Return what became of each module."""
+    modules: dict[str, Any] = {}
+    for path, record in adapter.modules.items():
+        modules[path] = {"rank": record.rank} if isinstance(record, LoRA) else {"algorithm": record.algorithm}
+    for path, one in shrunk.items():
+        modules[path] = {"rank": one.rank, "before": one.before, "norm": one.norm, "error": one.error}
+    return {"error": _error(shrunk), "modules": modules}
