@@ -8,10 +8,12 @@ factors lose only σ below 1e-8 ‖U‖ ‖D‖, which is less than the factors'
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+_STRIPES = 4
 _NOTHING = 1e-14
 """Squared singular values below this share of what the factors' lengths allow are rounding."""
 
@@ -85,13 +87,19 @@ class WholeSpectrum(Spectrum):
 
 
 def _gram(rows: Tensor) -> Tensor:
+    """Return rows · rowsᵀ in float64: the blocks on and above the diagonal, a third less work than all of them."""
     wide = rows.double()
-    return wide @ wide.T
+    count = wide.shape[0]
+    upper = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
+    edges = [count * i // _STRIPES for i in range(_STRIPES + 1)]
+    for start, stop in pairwise(edges):
+        upper[start:stop, start:] = wide[start:stop] @ wide[start:].T
+    return upper.triu() + upper.triu(1).T
 
 
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, the largest first and none negative, and eigenvectors."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    """Return eigenvalues of a symmetric matrix, the largest first and none negative, and eigenvectors."""
+    values, vectors = torch.linalg.eigh(matrix)
     return values.flip(0).clamp(min=0), vectors.flip(1)
 
 
