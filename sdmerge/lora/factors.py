@@ -2,7 +2,7 @@
 
 The squared singular values of U D are the eigenvalues of the small Lᵀ (D Dᵀ) L, where L Lᵀ = UᵀU. With an eigenvector q,
 w = L q and λ = σ², the singular vectors are u = U (D Dᵀ w) / λ and v = Dᵀ w / σ. In float64 the Gram matrices of float32
-factors lose only σ below 1e-8 ‖U‖ ‖D‖, which is less than the factors' own rounding.
+factors lose only σ below 3e-8 ‖U‖ ‖D‖, which is less than the factors' own rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _STRIPES = 4
-_NOTHING = 1e-14
+_NOTHING = 1e-15
 """Squared singular values below this share of what the factors' lengths allow are rounding."""
 
 
