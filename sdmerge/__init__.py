@@ -14,13 +14,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdmerge.adapters import bake as bake
+    from sdmerge.adapters import extract_lora as extract_lora
+    from sdmerge.adapters import merge_lora as merge_lora
+    from sdmerge.adapters import resize_lora as resize_lora
     from sdmerge.api import Report as Report
     from sdmerge.api import add_difference as add_difference
-    from sdmerge.api import bake as bake
     from sdmerge.api import convert as convert
     from sdmerge.api import merge as merge
-    from sdmerge.api import merge_lora as merge_lora
-    from sdmerge.api import resize_lora as resize_lora
     from sdmerge.api import run_recipe as run_recipe
     from sdmerge.api import sweep as sweep
     from sdmerge.api import weighted_sum as weighted_sum
@@ -37,11 +38,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "Report": "sdmerge.api",
     "add_difference": "sdmerge.api",
-    "bake": "sdmerge.api",
+    "bake": "sdmerge.adapters",
     "convert": "sdmerge.api",
+    "extract_lora": "sdmerge.adapters",
     "merge": "sdmerge.api",
-    "merge_lora": "sdmerge.api",
-    "resize_lora": "sdmerge.api",
+    "merge_lora": "sdmerge.adapters",
+    "resize_lora": "sdmerge.adapters",
     "run_recipe": "sdmerge.api",
     "sweep": "sdmerge.api",
     "weighted_sum": "sdmerge.api",

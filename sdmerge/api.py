@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -10,15 +9,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 from sdmerge.errors import RequestError
 from sdmerge.execute import Report, copy, execute
 from sdmerge.options import OptionFields, Options
-from sdmerge.recipe import LABELS, Addition, Input, Merge, Model, Recipe
+from sdmerge.recipe import LABELS, Input, Merge, Model, Recipe
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
     from sdmerge.blocks import Weights
-    from sdmerge.lora.budget import Limit
-    from sdmerge.lora.combine import How
     from sdmerge.lora.convert import Form
 
     PathLike = str | os.PathLike[str]
@@ -26,11 +23,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Report",
     "add_difference",
-    "bake",
     "convert",
     "merge",
-    "merge_lora",
-    "resize_lora",
     "run_recipe",
     "sweep",
     "weighted_sum",
@@ -182,40 +176,6 @@ def run_recipe(
     return execute(recipes, targets, Options(**{**first.options, **options}))
 
 
-def bake(
-    model: PathLike,
-    adapters: Sequence[PathLike | tuple[PathLike, float | Weights]],
-    *,
-    output: PathLike,
-    **options: Unpack[OptionFields],
-) -> Report:
-    """Write a model with adapters (LoRA and all of its relatives) added to its weights.
-
-    Args:
-        model: a checkpoint, in any container and spelling.
-        adapters: each a file, or a file and its strength: W + Σ strength · ΔW, all changes taken from the model's own
-            weights. Block weights are allowed.
-        output: a ``.safetensors`` file (a folder where the model is one). Embeddings that the adapters carry are written
-            beside it.
-        options: see `sdmerge.options.Options`.
-
-    Raises:
-        as `add_difference`; MismatchError where an adapter changes modules that the model does not have.
-    """
-    if not adapters:
-        raise RequestError("there is no adapter to bake in (expected at least one)")
-    pairs = [(Path(one[0]), one[1]) if isinstance(one, tuple) else (Path(one), 1.0) for one in adapters]
-    inputs = {"A": Input(Path(model))} | {f"L{i}": Input(path) for i, (path, _) in enumerate(pairs, 1)}
-    additions = tuple(Addition(f"L{i}", strength) for i, (_, strength) in enumerate(pairs, 1))
-    recipe = Recipe(Model("A", additions), inputs)
-    chosen = Options(**options)
-    report = execute([recipe], [Path(output)], chosen)[0]
-    from sdmerge.lora.words import write_words
-
-    words = write_words([path for path, _ in pairs], Path(output), chosen)
-    return replace(report, notes=(*report.notes, *words))
-
-
 def convert(
     source: PathLike,
     output: PathLike,
@@ -256,102 +216,6 @@ def convert(
         base=None if base is None else Path(base),
     )
     return convert_adapter(Path(source), Path(output), conversion, Options(**options))
-
-
-def resize_lora(
-    source: PathLike,
-    output: PathLike,
-    *,
-    rank: int | None = None,
-    size: int | str | None = None,
-    energy: float | None = None,
-    error: float | None = None,
-    to: str | None = None,
-    report: PathLike | None = None,
-    adapter_config: PathLike | None = None,
-    **options: Unpack[OptionFields],
-) -> Report:
-    """Write an adapter with smaller ranks, with the least error: a LoRA, LoHa or LoKr becomes a LoRA.
-
-    One of `rank`, `size`, `energy` and `error` is needed. Differences (norms, biases, whole layers) are kept.
-
-    Args:
-        source: the adapter; DoRA must be baked first.
-        output: where to write: a file, or for PEFT a folder.
-        rank: of every module.
-        size: of the file, in bytes or as ``"64MB"``; ranks are chosen for the least error of all modules together.
-        energy: the share of each module's squared singular values that is kept.
-        error: the largest relative error of a module.
-        to: a layout, as ``sdmerge layouts`` lists them; None: the input's, or one for its family.
-        report: where to write what became of each module, as JSON.
-        adapter_config: PEFT's ``adapter_config.json``, where it is not beside the file.
-        options: see `Options`.
-
-    Raises:
-        See `convert`.
-    """
-    from sdmerge.lora.combine import Combination, combine
-
-    wanted = Combination(
-        inputs=((Path(source), 1.0),),
-        how="svd",
-        limit=_limit(rank, size, energy, error),
-        to=to,
-        report=None if report is None else Path(report),
-        adapter_config=None if adapter_config is None else Path(adapter_config),
-        resizes=True,
-    )
-    return combine(wanted, Path(output), Options(**options))
-
-
-def merge_lora(
-    adapters: Sequence[PathLike | tuple[PathLike, float]],
-    output: PathLike,
-    *,
-    method: How = "sum",
-    parameters: Mapping[str, Any] | None = None,
-    rank: int | None = None,
-    size: int | str | None = None,
-    energy: float | None = None,
-    error: float | None = None,
-    to: str | None = None,
-    report: PathLike | None = None,
-    **options: Unpack[OptionFields],
-) -> Report:
-    """Write one adapter that changes a model as several do together: Σ strength ΔW.
-
-    Without a bound the sum is exact: factors are stacked, and written in float32 where the first adapter's type would
-    round them (unless a dtype is asked for).
-
-    Args:
-        adapters: LoRA, LoHa, LoKr and mixes of them; each a path, or a path and its strength.
-        output: where to write: a file, or for PEFT a folder.
-        method: ``sum``; ``svd``, a sum of bounded rank; ``ties`` or ``dare``, which merge whole differences and need a bound.
-        parameters: of TIES or DARE, as ``{"density": 0.2}``.
-        rank, size, energy, error, to, report: as in `resize_lora`.
-        options: see `Options`.
-
-    Raises:
-        See `convert`.
-    """
-    from sdmerge.lora.combine import Combination, combine
-
-    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
-    wanted = Combination(
-        inputs=tuple((Path(path), float(strength)) for path, strength in pairs),
-        how=method,
-        limit=_limit(rank, size, energy, error),
-        parameters=parameters or {},
-        to=to,
-        report=None if report is None else Path(report),
-    )
-    return combine(wanted, Path(output), Options(**options))
-
-
-def _limit(rank: int | None, size: int | str | None, energy: float | None, error: float | None) -> Limit:
-    from sdmerge.lora.budget import Limit, parse_size
-
-    return Limit(rank=rank, size=None if size is None else parse_size(size), energy=energy, error=error)
 
 
 def combinations(over: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ COMMANDS = {
         "sdmerge.cli.convert:convert",
         "Write a model as safetensors, names kept; or an adapter in another layout.",
     ),
+    "extract-lora": ("sdmerge.cli.extract:extract_lora", "Extract a LoRA of what a model changed over another."),
     "resize-lora": ("sdmerge.cli.lowrank:resize_lora", "Give an adapter smaller ranks, with the least error."),
     "merge-lora": (
         "sdmerge.cli.lowrank:merge_lora",

@@ -48,7 +48,7 @@ def bake(
     **given: Any,
 ) -> None:
     """Add adapters (LoRA and its relatives) to a model's weights."""
-    from sdmerge import api
+    from sdmerge import adapters as api
     from sdmerge.blocks import Weights
     from sdmerge.lora.strength import parse_strength
 

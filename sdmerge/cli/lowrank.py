@@ -47,7 +47,7 @@ def _limits(function: F) -> F:
 @options.output_options
 def resize_lora(lora: str, as_json: bool, **given: Any) -> None:
     """Give an adapter smaller ranks, with the least error."""
-    from sdmerge import api
+    from sdmerge import adapters as api
 
     chosen = {name: given.pop(name) for name in (*_CHOSEN, "adapter_config")}
     options.show([api.resize_lora(lora, **chosen, **options.api_options(given))], as_json=as_json)
@@ -69,7 +69,7 @@ def merge_lora(
     adapters: tuple[str, ...], method: How, parameters: tuple[str, ...], as_json: bool, **given: Any
 ) -> None:
     """Merge adapters into one: LoRA, LoHa, LoKr and mixes of them."""
-    from sdmerge import api
+    from sdmerge import adapters as api
     from sdmerge.cli import weights
     from sdmerge.lora.combine import dense_method
     from sdmerge.lora.strength import parse_strength

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdformats.adapters.tensors import Ref
+from sdkernels import cast
 from sdmerge.lora.refs import pattern
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Held(Ref):
     """A tensor in memory. It equals nothing but itself: comparing numbers is no business of a name.
 
     Attributes:
-        values: in float32 or float64.
+        values: in float32 or float64; or in float16, to take less memory.
         result: its shape, and the type it is rounded to when it is written.
     """
 
@@ -36,5 +37,5 @@ class Held(Ref):
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
         """See `Ref`. Among numpy arrays, which are bit patterns, the values are rounded to their type."""
-        shaped = self.values.reshape(self.result.shape)
+        shaped = self.values.to(cast.accumulator(self.values.dtype)).reshape(self.result.shape)
         return pattern(shaped, self.result.dtype) if arrays is np else shaped
