@@ -128,7 +128,7 @@ class _Work:
     def run(self) -> list[tuple[Adapter, dict[str, int]]]:
         """Return an adapter for each output, and its ranks; `found` keeps what the layers gave."""
         every = list(layers_of(self.tuned, self.base, text_encoders=self.wanted.text_encoders))
-        matrices = {layer.path: layer for layer in every if len(layer.shape) > 1 and "_embedding" not in layer.path}
+        matrices = {layer.path: layer for layer in every if len(layer.shape) > 1 and ".embeddings." not in layer.path}
         spectra = self._spectra(matrices) if any(not limit.rank for _, limit in self.wanted.outputs) else {}
         sides = self._sides(every)
         ranks = [self._ranks(limit, matrices, spectra, sides) for _, limit in self.wanted.outputs]
@@ -234,7 +234,7 @@ class _Work:
                 change, noise = layer.change()
                 if is_noise(change, noise) is None:
                     self._side(sides, layer.path, Norm(weight=self._held(change)), "norm")
-            elif "_embedding" in layer.path:
+            elif ".embeddings." in layer.path:
                 change, noise = layer.change()
                 if is_noise(change, noise) is None:
                     self.notes.add("changed, and no part of a LoRA", layer.path)
