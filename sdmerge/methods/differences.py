@@ -4,11 +4,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import sdkernels
 from sdmerge.method import Param, method
+from sdmerge.methods._parameters import Learned
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_LIKE_ADD_DIFFERENCE = "how much of what B learned over C is added to A"
 
 
 @method(mixed=True, propagates=True)
@@ -17,7 +16,7 @@ def train_difference(
     b: "Tensor",
     c: "Tensor",
     *,
-    alpha: Annotated[float, Param(_LIKE_ADD_DIFFERENCE, weight=True)] = 1.0,
+    alpha: Learned = 1.0,
 ) -> "Tensor":
     """Add difference as if A had been trained to it: less where A is near B already. Exactly A where B equals C or A.
 
@@ -41,7 +40,7 @@ def smooth_add(
     b: "Tensor",
     c: "Tensor",
     *,
-    alpha: Annotated[float, Param(_LIKE_ADD_DIFFERENCE, weight=True)] = 1.0,
+    alpha: Learned = 1.0,
 ) -> "Tensor":
     """Add difference, smoothed over neighbouring elements: a median of 3, then a Gauss filter of σ = 1, along every axis.
 
@@ -182,7 +181,7 @@ def similarity_add_difference(
     b: "Tensor",
     c: "Tensor",
     *,
-    alpha: Annotated[float, Param(_LIKE_ADD_DIFFERENCE, weight=True)] = 1.0,
+    alpha: Learned = 1.0,
     beta: Annotated[float, Param("how much similarity turns the difference into a sum", 0, 1, weight=True)] = 1.0,
 ) -> "Tensor":
     """Add difference where A and B differ, weighted sum where they are alike, element by element.

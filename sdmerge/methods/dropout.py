@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import sdkernels
 from sdmerge.method import Param, Place, method
+from sdmerge.methods._parameters import DropSeed, Rescale
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,8 +22,8 @@ def dropout(
     overlap: Annotated[
         str, Param("how the models' kept elements overlap", choices=("independent", "disjoint", "shared"))
     ] = "independent",
-    rescale: Annotated[bool, Param("divide what is kept by its probability")] = True,
-    seed: Annotated[int, Param("chooses the elements that are dropped", 0, 2**63 - 1)] = 0,
+    rescale: Rescale = True,
+    seed: DropSeed = 0,
 ) -> "Tensor":
     """Drop elements of each model's change at random, and add the mean of what is kept of each element to the base.
 

@@ -5,11 +5,25 @@ order, with any number of threads. All rescale what is kept by the inverse of it
 the expected sum stays; mergekit instead restores each tensor's sum of |Δ|.
 """
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import sdkernels
 from sdmerge.errors import RequestError
-from sdmerge.method import Param, Place, method
+from sdmerge.method import Place, method
+from sdmerge.methods._parameters import (
+    ByAgreeing,
+    Chance,
+    DropSeed,
+    Kept,
+    Lam,
+    Largest,
+    MeanChance,
+    Rescale,
+    Slope,
+    SumByWeights,
+    Vote,
+    Weights,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,12 +41,12 @@ def dare_linear(
     *tensors: "Tensor",
     base: "Tensor",
     place: Place,
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", weight=True)] = (1.0,),
-    density: Annotated[tuple[float, ...], Param("probability to keep an element", 0, 1, weight=True)] = (0.5,),
-    lam: Annotated[float, Param("factor of the sum (λ)", weight=True)] = 1.0,
-    normalize: Annotated[bool, Param("divide the sum by the weights' sum")] = False,
-    rescale: Annotated[bool, Param("divide what is kept by its probability")] = True,
-    seed: Annotated[int, Param("chooses the elements that are dropped", 0, 2**63 - 1)] = 0,
+    weights: Weights = (1.0,),
+    density: Chance = (0.5,),
+    lam: Lam = 1.0,
+    normalize: SumByWeights = False,
+    rescale: Rescale = True,
+    seed: DropSeed = 0,
 ) -> "Tensor":
     """DARE: drop elements of each task vector at random, rescale the others, add up.
 
@@ -64,13 +78,13 @@ def dare_ties(
     *tensors: "Tensor",
     base: "Tensor",
     place: Place,
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", weight=True)] = (1.0,),
-    density: Annotated[tuple[float, ...], Param("probability to keep an element", 0, 1, weight=True)] = (0.5,),
-    lam: Annotated[float, Param("factor of the sum (λ)", weight=True)] = 1.0,
-    normalize: Annotated[bool, Param("divide by the weights of the models that agree")] = False,
-    rescale: Annotated[bool, Param("divide what is kept by its probability")] = True,
-    vote: Annotated[str, Param("signs are elected by sum or by count", choices=("sum", "count"))] = "sum",
-    seed: Annotated[int, Param("chooses the elements that are dropped", 0, 2**63 - 1)] = 0,
+    weights: Weights = (1.0,),
+    density: Chance = (0.5,),
+    lam: Lam = 1.0,
+    normalize: ByAgreeing = False,
+    rescale: Rescale = True,
+    vote: Vote = "sum",
+    seed: DropSeed = 0,
 ) -> "Tensor":
     """DARE with TIES: drop elements at random, rescale, elect a sign, add up the models that agree.
 
@@ -102,15 +116,13 @@ def della_linear(
     *tensors: "Tensor",
     base: "Tensor",
     place: Place,
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", weight=True)] = (1.0,),
-    density: Annotated[tuple[float, ...], Param("mean probability to keep an element", 0, 1, weight=True)] = (0.5,),
-    epsilon: Annotated[
-        float, Param("the smallest is kept with density - ε, the largest with density + ε", 0, 0.5)
-    ] = 0.15,
-    lam: Annotated[float, Param("factor of the sum (λ)", weight=True)] = 1.0,
-    normalize: Annotated[bool, Param("divide the sum by the weights' sum")] = False,
-    rescale: Annotated[bool, Param("divide what is kept by its probability")] = True,
-    seed: Annotated[int, Param("chooses the elements that are dropped", 0, 2**63 - 1)] = 0,
+    weights: Weights = (1.0,),
+    density: MeanChance = (0.5,),
+    epsilon: Slope = 0.15,
+    lam: Lam = 1.0,
+    normalize: SumByWeights = False,
+    rescale: Rescale = True,
+    seed: DropSeed = 0,
 ) -> "Tensor":
     """DELLA without election: drop at random, the smaller of each row more often; rescale; add up.
 
@@ -150,16 +162,14 @@ def della(
     *tensors: "Tensor",
     base: "Tensor",
     place: Place,
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", weight=True)] = (1.0,),
-    density: Annotated[tuple[float, ...], Param("mean probability to keep an element", 0, 1, weight=True)] = (0.5,),
-    epsilon: Annotated[
-        float, Param("the smallest is kept with density - ε, the largest with density + ε", 0, 0.5)
-    ] = 0.15,
-    lam: Annotated[float, Param("factor of the sum (λ)", weight=True)] = 1.0,
-    normalize: Annotated[bool, Param("divide by the weights of the models that agree")] = True,
-    rescale: Annotated[bool, Param("divide what is kept by its probability")] = True,
-    vote: Annotated[str, Param("signs are elected by sum or by count", choices=("sum", "count"))] = "sum",
-    seed: Annotated[int, Param("chooses the elements that are dropped", 0, 2**63 - 1)] = 0,
+    weights: Weights = (1.0,),
+    density: MeanChance = (0.5,),
+    epsilon: Slope = 0.15,
+    lam: Lam = 1.0,
+    normalize: ByAgreeing = True,
+    rescale: Rescale = True,
+    vote: Vote = "sum",
+    seed: DropSeed = 0,
 ) -> "Tensor":
     """DELLA: drop at random, the smaller of each row more often; rescale; elect a sign; average the models that agree.
 
@@ -197,11 +207,11 @@ def della(
 def breadcrumbs(
     *tensors: "Tensor",
     base: "Tensor",
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", weight=True)] = (1.0,),
-    density: Annotated[tuple[float, ...], Param("share of each Δ that is kept", 0, 1, weight=True)] = (0.9,),
-    gamma: Annotated[tuple[float, ...], Param("share of the largest changes that is dropped", 0, 1)] = (0.01,),
-    lam: Annotated[float, Param("factor of the sum (λ)", weight=True)] = 1.0,
-    normalize: Annotated[bool, Param("divide the sum by the weights' sum")] = False,
+    weights: Weights = (1.0,),
+    density: Kept = (0.9,),
+    gamma: Largest = (0.01,),
+    lam: Lam = 1.0,
+    normalize: SumByWeights = False,
 ) -> "Tensor":
     """Model breadcrumbs: drop the largest changes of each model and so many of the smallest that its density remains.
 
@@ -236,12 +246,12 @@ def breadcrumbs(
 def breadcrumbs_ties(
     *tensors: "Tensor",
     base: "Tensor",
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", weight=True)] = (1.0,),
-    density: Annotated[tuple[float, ...], Param("share of each Δ that is kept", 0, 1, weight=True)] = (0.9,),
-    gamma: Annotated[tuple[float, ...], Param("share of the largest changes that is dropped", 0, 1)] = (0.01,),
-    lam: Annotated[float, Param("factor of the sum (λ)", weight=True)] = 1.0,
-    normalize: Annotated[bool, Param("divide by the weights of the models that agree")] = False,
-    vote: Annotated[str, Param("signs are elected by sum or by count", choices=("sum", "count"))] = "sum",
+    weights: Weights = (1.0,),
+    density: Kept = (0.9,),
+    gamma: Largest = (0.01,),
+    lam: Lam = 1.0,
+    normalize: ByAgreeing = False,
+    vote: Vote = "sum",
 ) -> "Tensor":
     """Model breadcrumbs with TIES: drop the largest and smallest changes, elect a sign, add up the models that agree.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import sdkernels
 from sdmerge.errors import RequestError
 from sdmerge.method import Param, method
+from sdmerge.methods._parameters import Iterations, NonNegativeWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +47,8 @@ def perpendicular(
 @method(elementwise=False, mixed=True)
 def geometric_median(
     *tensors: "Tensor",
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", 0, weight=True)] = (1.0,),
-    iterations: Annotated[int, Param("steps at most", 0)] = 100,
+    weights: NonNegativeWeights = (1.0,),
+    iterations: Iterations = 100,
     tolerance: Annotated[float, Param("stop when a step is shorter than this share of the mean distance", 0)] = 1e-10,
 ) -> "Tensor":
     """Geometric median: the point whose distances to the models add up to least; one odd model hardly moves it.

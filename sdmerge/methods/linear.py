@@ -1,10 +1,11 @@
 """Methods that are linear in the models."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import sdkernels
 from sdmerge.errors import RequestError
-from sdmerge.method import Param, method
+from sdmerge.method import method
+from sdmerge.methods._parameters import ByWeights, Learned, ShareOfB, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +17,7 @@ def add_difference(
     b: "Tensor",
     c: "Tensor",
     *,
-    alpha: Annotated[float, Param("how much of what B learned over C is added to A", weight=True)] = 1.0,
+    alpha: Learned = 1.0,
 ) -> "Tensor":
     """A + alpha (B - C): give A what B learned over C.
 
@@ -37,7 +38,7 @@ def weighted_sum(
     a: "Tensor",
     b: "Tensor",
     *,
-    alpha: Annotated[float, Param("share of B", weight=True)] = 0.5,
+    alpha: ShareOfB = 0.5,
 ) -> "Tensor":
     """Weighted sum of two models.
 
@@ -58,8 +59,8 @@ def weighted_sum(
 @method(mixed=True, propagates=True, at_least=1)
 def linear(
     *tensors: "Tensor",
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", weight=True)] = (1.0,),
-    normalize: Annotated[bool, Param("divide the weights by their sum")] = True,
+    weights: Weights = (1.0,),
+    normalize: ByWeights = True,
 ) -> "Tensor":
     """Weighted sum, or average, of any number of models.
 

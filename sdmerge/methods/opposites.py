@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import sdkernels
 from sdmerge.method import Param, method
+from sdmerge.methods._parameters import Learned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +17,7 @@ def add_opposite(
     b: "Tensor",
     c: "Tensor",
     *,
-    alpha: Annotated[float, Param("how much of what B learned over C is added to A", weight=True)] = 1.0,
+    alpha: Learned = 1.0,
 ) -> "Tensor":
     """Add difference where A and B disagree: fully where only B changed, twice where they are opposite, not where equal.
 
@@ -44,7 +45,7 @@ def add_strict_opposite(
     b: "Tensor",
     c: "Tensor",
     *,
-    alpha: Annotated[float, Param("how much of what B learned over C is added to A", weight=True)] = 1.0,
+    alpha: Learned = 1.0,
 ) -> "Tensor":
     """Add difference only where A and B changed in opposite directions: up to twice, where they changed equally far.
 

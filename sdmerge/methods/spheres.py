@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import sdkernels
 from sdmerge.errors import RequestError
 from sdmerge.method import Param, method
+from sdmerge.methods._parameters import ByWeights, Iterations, NonNegativeWeights, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +55,7 @@ def nuslerp(
     b: "Tensor",
     *,
     base: "Tensor | None" = None,
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", weight=True)] = (1.0,),
+    weights: Weights = (1.0,),
     flatten: Annotated[bool, Param("take each tensor as one vector")] = True,
     row_wise: Annotated[bool, Param("where not flattened: vectors along the first dimension, not the last")] = False,
 ) -> "Tensor":
@@ -86,8 +87,8 @@ def nuslerp(
 def multislerp(
     *tensors: "Tensor",
     base: "Tensor | None" = None,
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", weight=True)] = (1.0,),
-    normalize: Annotated[bool, Param("divide the weights by their sum")] = True,
+    weights: Weights = (1.0,),
+    normalize: ByWeights = True,
     epsilon: Annotated[float, Param("directions that cancel to less than this length count as cancelled", 0)] = 1e-8,
 ) -> "Tensor":
     """Weighted mean of directions times the weighted mean of lengths, of differences from a base where one is given.
@@ -124,8 +125,8 @@ def multislerp(
 @method(elementwise=False, mixed=True, at_least=1)
 def karcher(
     *tensors: "Tensor",
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", 0, weight=True)] = (1.0,),
-    iterations: Annotated[int, Param("steps at most", 0)] = 10,
+    weights: NonNegativeWeights = (1.0,),
+    iterations: Iterations = 10,
     tolerance: Annotated[float, Param("stop when a step is shorter than this angle", 0)] = 1e-5,
 ) -> "Tensor":
     """Karcher mean: the direction whose squared angles to the models add up to least, times the mean length.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import sdkernels
 from sdmerge.errors import RequestError
 from sdmerge.method import Param, Place, method
+from sdmerge.methods._parameters import Between, ShareOfB
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,7 @@ def triple_sum(
     b: "Tensor",
     c: "Tensor",
     *,
-    alpha: Annotated[float, Param("share of B", weight=True)] = 1 / 3,
+    alpha: ShareOfB = 1 / 3,
     beta: Annotated[float, Param("share of C", weight=True)] = 1 / 3,
 ) -> "Tensor":
     """Weighted sum of three models by two shares.
@@ -103,7 +104,7 @@ def smoothstep(
     a: "Tensor",
     b: "Tensor",
     *,
-    alpha: Annotated[float, Param("where between A and B", 0, 1, weight=True)] = 0.5,
+    alpha: Between = 0.5,
 ) -> "Tensor":
     """Weighted sum whose share of B starts and ends slowly.
 
@@ -122,7 +123,7 @@ def inverse_smoothstep(
     a: "Tensor",
     b: "Tensor",
     *,
-    alpha: Annotated[float, Param("where between A and B", 0, 1, weight=True)] = 0.5,
+    alpha: Between = 0.5,
 ) -> "Tensor":
     """Weighted sum whose share of B changes fastest at both ends.
 

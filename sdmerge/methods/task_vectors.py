@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import sdkernels
 from sdmerge.errors import RequestError
 from sdmerge.method import Param, method
+from sdmerge.methods._parameters import ByAgreeing, Kept, Lam, Negligible, SumByWeights, Vote, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,9 +19,9 @@ _BLOCK = 1 << 18
 def task_arithmetic(
     *tensors: "Tensor",
     base: "Tensor",
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", weight=True)] = (1.0,),
-    lam: Annotated[float, Param("factor of the sum (λ)", weight=True)] = 1.0,
-    normalize: Annotated[bool, Param("divide the sum by the weights' sum")] = False,
+    weights: Weights = (1.0,),
+    lam: Lam = 1.0,
+    normalize: SumByWeights = False,
 ) -> "Tensor":
     """Task arithmetic: the base plus the weighted sum of what the models learned over it.
 
@@ -59,11 +60,11 @@ def _thresholds(*tensors: "Tensor", base: "Tensor", density: tuple[float, ...], 
 def ties(
     *tensors: "Tensor",
     base: "Tensor",
-    weights: Annotated[tuple[float, ...], Param("one weight for each model, in order", weight=True)] = (1.0,),
-    density: Annotated[tuple[float, ...], Param("share of each Δ that is kept", 0, 1, weight=True)] = (0.2,),
-    lam: Annotated[float, Param("factor of the sum (λ)", weight=True)] = 1.0,
-    normalize: Annotated[bool, Param("divide by the weights of the models that agree")] = True,
-    vote: Annotated[str, Param("signs are elected by sum or by count", choices=("sum", "count"))] = "sum",
+    weights: Weights = (1.0,),
+    density: Kept = (0.2,),
+    lam: Lam = 1.0,
+    normalize: ByAgreeing = True,
+    vote: Vote = "sum",
     measured: "list[Tensor | float] | None" = None,
 ) -> "Tensor":
     """TIES: trim what each model learned to its largest changes, elect a sign, average the models that agree.
@@ -98,7 +99,7 @@ def ties(
 def ram(
     *tensors: "Tensor",
     base: "Tensor",
-    epsilon: Annotated[float, Param("a change up to this size counts as none", 0)] = 1e-5,
+    epsilon: Negligible = 1e-5,
 ) -> "Tensor":
     """Reinforced agent merging: average each element over the models that changed it; a lone change is kept whole.
 
@@ -121,7 +122,7 @@ def ram_plus(
     base: "Tensor",
     r: Annotated[float, Param("how strongly lone changes are raised")] = 0.1,
     alpha: Annotated[float, Param("largest ratio of shared to lone changes that counts", 0)] = 0.2,
-    epsilon: Annotated[float, Param("a change up to this size counts as none", 0)] = 1e-5,
+    epsilon: Negligible = 1e-5,
 ) -> "Tensor":
     """RAM+: RAM, with the lone changes of a model raised the more, the more of its other changes are averaged away.
 
