@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Annotated
 
 from sdmerge.method import Param, method
+from sdmerge.methods._shared import nonzero
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,10 +57,6 @@ def _along_columns(a: "Tensor", b: "Tensor") -> "Tensor":
 
 def _cosine(x: "Tensor", y: "Tensor") -> "Tensor":
     """Return the cosines of the columns, summed in float64; 0 where a column is zero."""
-    x, y = (v / _nonzero(v.abs().amax(0)) for v in (x, y))
+    x, y = (v / nonzero(v.abs().amax(0)) for v in (x, y))
     x, y = x.double(), y.double()
-    return (x * y).sum(0) / _nonzero((x.square().sum(0) * y.square().sum(0)).sqrt())
-
-
-def _nonzero(x: "Tensor") -> "Tensor":
-    return x.masked_fill(x == 0, 1)
+    return (x * y).sum(0) / nonzero((x.square().sum(0) * y.square().sum(0)).sqrt())

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import sdkernels
 from sdmerge.method import Param, method
 from sdmerge.methods._parameters import Learned
+from sdmerge.methods._shared import nonzero
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -228,13 +229,9 @@ def extract(
     if not mine.numel():
         return base.clone()
     x, y = (v.reshape(1) if not v.dim() else v for v in (mine, theirs))
-    units = [v / _nonzero(v.abs().amax(-1, keepdim=True)) for v in (x, y)]
+    units = [v / nonzero(v.abs().amax(-1, keepdim=True)) for v in (x, y)]
     dot, first, second = ((u.double() * v.double()).sum(-1, keepdim=True) for u, v in (
         (units[0], units[1]), (units[0], units[0]), (units[1], units[1])))  # fmt: skip
-    alike = ((dot / _nonzero((first * second).sqrt()) + 1) / 2).clamp_(0, 1).pow_(gamma).to(a.dtype)
+    alike = ((dot / nonzero((first * second).sqrt()) + 1) / 2).clamp_(0, 1).pow_(gamma).to(a.dtype)
     share = alike.lerp(1 - alike, beta)
     return base + mine.lerp(theirs, alpha).mul_(share.reshape(()) if not mine.dim() else share)
-
-
-def _nonzero(x: "Tensor") -> "Tensor":
-    return x.masked_fill(x == 0, 1)

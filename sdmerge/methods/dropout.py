@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import sdkernels
 from sdmerge.method import Param, Place, method
 from sdmerge.methods._parameters import DropSeed, Rescale
+from sdmerge.methods._shared import wide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,16 +48,15 @@ def dropout(
     """
     import torch
 
-    dtype = sdkernels.cast.accumulator(base.dtype, *(x.dtype for x in tensors))
-    wide = base.to(dtype)
-    change = torch.zeros_like(wide)
-    kept = torch.zeros_like(wide)
+    origin = base.to(wide(base, *tensors))
+    change = torch.zeros_like(origin)
+    kept = torch.zeros_like(origin)
     masks = _masks(len(tensors), base, place, density, overlap, seed)
     for x, mask in zip(tensors, masks, strict=True):
-        change += torch.where(mask, x.to(dtype) - wide, 0.0)
+        change += torch.where(mask, x.to(origin.dtype) - origin, 0.0)
         kept += mask
     change /= kept.clamp_(min=1)
-    return change.mul_(alpha / density if rescale and density > 0 else alpha).add_(wide)
+    return change.mul_(alpha / density if rescale and density > 0 else alpha).add_(origin)
 
 
 def _masks(

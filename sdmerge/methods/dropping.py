@@ -24,16 +24,12 @@ from sdmerge.methods._parameters import (
     Vote,
     Weights,
 )
+from sdmerge.methods._shared import Numbers, blocks, for_each, total, wide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import Tensor, dtype
-
-_BLOCK = 1 << 18
-"""Elements widened at a time."""
-
-Numbers = tuple[float, ...]
+    from torch import Tensor
 
 
 @method(mixed=True, at_least=1)
@@ -106,7 +102,7 @@ def dare_ties(
     Raises:
         RequestError: another number of weights or densities.
     """
-    _for_each("weights", weights, tensors)
+    for_each("weights", weights, tensors)
     deltas = _at_random(tensors, base, place, density, rescale, seed)
     return _elected(base, deltas, weights, lam, normalize, vote)
 
@@ -151,7 +147,7 @@ def della_linear(
     import torch
 
     factors = _scaled(weights, tensors, lam, normalize)
-    out = torch.empty(base.shape, dtype=_wide(base, *tensors), device=base.device)
+    out = torch.empty(base.shape, dtype=wide(base, *tensors), device=base.device)
     for into, part, deltas in _by_rank(out, tensors, base, place, density, epsilon, rescale, seed):
         into.copy_(_added(part, deltas, factors))
     return out
@@ -196,8 +192,8 @@ def della(
     """
     import torch
 
-    _for_each("weights", weights, tensors)
-    out = torch.empty(base.shape, dtype=_wide(base, *tensors), device=base.device)
+    for_each("weights", weights, tensors)
+    out = torch.empty(base.shape, dtype=wide(base, *tensors), device=base.device)
     for into, part, deltas in _by_rank(out, tensors, base, place, density, epsilon, rescale, seed):
         into.copy_(_elected(part, deltas, weights, lam, normalize, vote))
     return out
@@ -236,7 +232,7 @@ def breadcrumbs(
     import torch
 
     factors = _scaled(weights, tensors, lam, normalize)
-    out = torch.empty(base.shape, dtype=_wide(base, *tensors), device=base.device)
+    out = torch.empty(base.shape, dtype=wide(base, *tensors), device=base.device)
     for into, part, deltas in _between(out, tensors, base, density, gamma):
         into.copy_(_added(part, deltas, factors))
     return out
@@ -275,8 +271,8 @@ def breadcrumbs_ties(
     """
     import torch
 
-    _for_each("weights", weights, tensors)
-    out = torch.empty(base.shape, dtype=_wide(base, *tensors), device=base.device)
+    for_each("weights", weights, tensors)
+    out = torch.empty(base.shape, dtype=wide(base, *tensors), device=base.device)
     for into, part, deltas in _between(out, tensors, base, density, gamma):
         into.copy_(_elected(part, deltas, weights, lam, normalize, vote))
     return out
@@ -285,7 +281,7 @@ def breadcrumbs_ties(
 def _at_random(
     tensors: "Sequence[Tensor]", base: "Tensor", place: Place, density: Numbers, rescale: bool, seed: int
 ) -> "list[Tensor]":
-    _for_each("density", density, tensors)
+    for_each("density", density, tensors)
     return [
         sdkernels.dropout.drop(x, share, _key(seed, place, i), place.start, base=base, rescale=rescale)
         for i, (x, share) in enumerate(zip(tensors, density, strict=True))
@@ -297,9 +293,7 @@ def _by_rank(
     rescale: bool, seed: int,
 ) -> "Iterator[tuple[Tensor, Tensor, list[Tensor]]]":  # fmt: skip
     """Walk through the rows: a part of `out` and of the base, and each model's thinned difference there."""
-    import torch
-
-    _for_each("density", density, tensors)
+    for_each("density", density, tensors)
     for share in density:
         if 0 < share < 1 and not epsilon < share < 1 - epsilon:
             raise RequestError(
@@ -308,10 +302,8 @@ def _by_rank(
     if not base.numel():
         return
     rows = base.shape[0] if base.ndim > 1 else 1
-    width = base.numel() // rows
-    inputs = (torch.split(x.reshape(rows, width), max(1, _BLOCK // width)) for x in (out, base, *tensors))
     start = place.start
-    for into, part, *models in zip(*inputs, strict=True):
+    for into, part, *models in blocks(out, base, *tensors, rows=rows):
         deltas = []
         for i, (x, share) in enumerate(zip(models, density, strict=True)):
             keep = _chances(x, part, share, epsilon) if 0 < share < 1 else share
@@ -324,11 +316,11 @@ def _chances(x: "Tensor", base: "Tensor", density: float, epsilon: float) -> "Te
     """Return each element's probability to stay: density − ε for the smallest |x − base| of its row, up to density + ε."""
     import torch
 
-    wide = _wide(x, base)
+    dtype = wide(x, base)
     width = x.shape[1]
     if width == 1:
         return torch.full(x.shape, density, device=x.device)
-    order = (x.to(wide) - base.to(wide)).abs_().argsort(dim=1, stable=True)
+    order = (x.to(dtype) - base.to(dtype)).abs_().argsort(dim=1, stable=True)
     ladder = torch.linspace(density - epsilon, density + epsilon, width, dtype=torch.float64, device=x.device).float()
     return torch.empty(x.shape, device=x.device).scatter_(1, order, ladder.expand(x.shape))
 
@@ -337,15 +329,12 @@ def _between(
     out: "Tensor", tensors: "Sequence[Tensor]", base: "Tensor", density: Numbers, gamma: Numbers
 ) -> "Iterator[tuple[Tensor, Tensor, list[Tensor]]]":
     """Walk through blocks: a part of `out` and of the base, and each model's difference without its extremes there."""
-    import torch
-
-    _for_each("density", density, tensors)
-    _for_each("gamma", gamma, tensors)
+    for_each("density", density, tensors)
+    for_each("gamma", gamma, tensors)
     limits = [_limits(x, base, *shares) for x, *shares in zip(tensors, density, gamma, strict=True)]
-    wide = _wide(base, *tensors)
-    for into, part, *models in zip(*(torch.split(x.reshape(-1), _BLOCK) for x in (out, base, *tensors)), strict=True):
-        origin = part.to(wide)
-        deltas = [x.to(wide) - origin for x in models]
+    for into, part, *models in blocks(out, base, *tensors):
+        origin = part.to(out.dtype)
+        deltas = [x.to(out.dtype) - origin for x in models]
         for delta, (low, high) in zip(deltas, limits, strict=True):
             size = delta.abs()
             delta.masked_fill_((size < low) | (size > high), 0)
@@ -384,24 +373,12 @@ def _elected(
 
 
 def _scaled(weights: Numbers, tensors: "Sequence[Tensor]", lam: float, normalize: bool) -> Numbers:
-    _for_each("weights", weights, tensors)
+    for_each("weights", weights, tensors)
     if not normalize:
         return tuple(lam * weight for weight in weights)
-    total = sum(weights)
-    if total == 0:
-        raise RequestError("weights add up to 0 and cannot be normalized")
-    return tuple(lam * weight / total for weight in weights)
-
-
-def _for_each(name: str, numbers: Numbers, tensors: "Sequence[Tensor]") -> None:
-    """Refuse another number of numbers than models."""
-    if len(numbers) != len(tensors):
-        raise RequestError(f"{len(numbers)} {name} for {len(tensors)} models (expected one for each)")
+    divisor = total(weights)
+    return tuple(lam * weight / divisor for weight in weights)
 
 
 def _key(seed: int, place: Place, model: int) -> tuple[int, int]:
     return sdkernels.philox.key(seed, f"{place.name}#{model}")
-
-
-def _wide(*tensors: "Tensor") -> "dtype":
-    return sdkernels.cast.accumulator(*(x.dtype for x in tensors))

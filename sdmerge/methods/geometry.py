@@ -7,6 +7,7 @@ import sdkernels
 from sdmerge.errors import RequestError
 from sdmerge.method import Param, method
 from sdmerge.methods._parameters import Iterations, NonNegativeWeights
+from sdmerge.methods._shared import for_each, from_heaviest, norm, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,16 +73,12 @@ def geometric_median(
     """
     import torch
 
-    if len(weights) != len(tensors):
-        raise RequestError(f"{len(weights)} weights for {len(tensors)} models (expected one for each)")
+    for_each("weights", weights, tensors)
     if sum(weights) <= 0:
         raise RequestError("weights add up to 0: no model has a say (expected at least one above 0)")
     gram = sdkernels.reduce.gram(tensors, center=tensors[0]).cpu()
     shares = _weiszfeld(gram, torch.tensor(weights, dtype=torch.float64), iterations, tolerance).tolist()
-    heaviest = max(range(len(shares)), key=lambda i: shares[i])
-    anchor = tensors[heaviest]
-    rest = ((share, x, anchor) for i, (share, x) in enumerate(zip(shares, tensors, strict=True)) if i != heaviest)
-    return sdkernels.linear.combine(((1.0, anchor), *rest))
+    return from_heaviest(shares, tensors)
 
 
 def _weiszfeld(gram: "Tensor", weights: "Tensor", iterations: int, tolerance: float) -> "Tensor":
@@ -105,7 +102,7 @@ def _weiszfeld(gram: "Tensor", weights: "Tensor", iterations: int, tolerance: fl
         if own > 0:  # on a point that is not the median: its weight holds back, and does not stop, the step
             step *= max(0.0, 1 - own / pull) if pull > 0 else 0.0
         shares = shares + step
-        if _length(gram, step) <= tolerance * float(weights @ distance / weights.sum()):
+        if norm(step, gram) <= tolerance * float(weights @ distance / weights.sum()):
             break
     return shares
 
@@ -120,11 +117,7 @@ def _pull(gram: "Tensor", weights: "Tensor", shares: "Tensor") -> "tuple[Tensor,
     distance = torch.where(distance <= 1e-7 * gram.diagonal().max().sqrt(), 0.0, distance)
     apart = distance > 0
     force = torch.where(apart, weights / distance.where(apart, 1.0), 0.0)
-    return distance, _length(gram, force - force.sum() * shares), float(weights[~apart].sum())
-
-
-def _length(gram: "Tensor", coefficients: "Tensor") -> float:
-    return float((coefficients @ gram @ coefficients).clamp(min=0).sqrt())
+    return distance, norm(force - force.sum() * shares, gram), float(weights[~apart].sum())
 
 
 @method(mixed=True, at_least=3)
@@ -146,7 +139,7 @@ def clamp(
     """
     import torch
 
-    dtype = sdkernels.cast.accumulator(*(x.dtype for x in tensors))
+    dtype = wide(*tensors)
     first, *bounds = (x.to(dtype) for x in tensors)
     high, low = functools.reduce(torch.maximum, bounds), functools.reduce(torch.minimum, bounds)
     if stiffness > 0:

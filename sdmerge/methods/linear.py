@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 import sdkernels
-from sdmerge.errors import RequestError
 from sdmerge.method import method
 from sdmerge.methods._parameters import ByWeights, Learned, ShareOfB, Weights
+from sdmerge.methods._shared import for_each, from_heaviest, normalized
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,17 +78,9 @@ def linear(
     Raises:
         RequestError: another number of weights, or a sum of 0 to divide by.
     """
-    if len(weights) != len(tensors):
-        raise RequestError(f"{len(weights)} weights for {len(tensors)} models (expected one for each)")
-    total = sum(weights)
+    for_each("weights", weights, tensors)
     if normalize:
-        if total == 0:
-            raise RequestError("weights add up to 0 and cannot be normalized")
-        weights = tuple(weight / total for weight in weights)
-        total = 1.0
-    if abs(total - 1) > 1e-12:
+        weights = normalized(weights)
+    elif abs(sum(weights) - 1) > 1e-12:
         return sdkernels.linear.combine(tuple(zip(weights, tensors, strict=True)))
-    heaviest = max(range(len(weights)), key=lambda i: weights[i])
-    anchor = tensors[heaviest]
-    rest = [(w, x, anchor) for i, (w, x) in enumerate(zip(weights, tensors, strict=True)) if i != heaviest]
-    return sdkernels.linear.combine(((1.0, anchor), *rest))
+    return from_heaviest(weights, tensors)

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import sdkernels
 from sdmerge.method import Param, method
+from sdmerge.methods._shared import rows_at_once, wide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
-
-_BLOCK = 1 << 18
-"""Elements widened at a time."""
 
 _PHASES = (0.7, 1.9, 2.6)
 """Where the circle is folded to tell eigenvalues apart; any angles but multiples of π / 2."""
@@ -61,7 +59,7 @@ def rotate(
     """
     import torch
 
-    dtype = sdkernels.cast.accumulator(*(x.dtype for x in (a, b, base) if x is not None))
+    dtype = wide(a, b, base)
     if a.ndim < 2 or alignment == alpha == 0 or alignment == alpha == 1 or torch.equal(a, b):
         return sdkernels.lerp.blend(a.to(dtype), b.to(dtype), alpha)
     out = torch.empty(a.shape, dtype=dtype, device=a.device)
@@ -77,9 +75,9 @@ def rotate(
     mean = mean_a.lerp(mean_b, alignment)
     share = turn.power(alignment)
     for at in _spans(rows_a):
-        x = _wide(rows_a, origin, at).sub_(mean_a)
+        x = _difference(rows_a, origin, at).sub_(mean_a)
         if alpha != 0:
-            x = x.lerp_(turn.back(_wide(rows_b, origin, at).sub_(mean_b)), alpha)
+            x = x.lerp_(turn.back(_difference(rows_b, origin, at).sub_(mean_b)), alpha)
         x = share(x).add_(mean)
         into[at] = x if origin is None else x.add_(origin[at])
     return out
@@ -109,7 +107,7 @@ def truncate_rank(
     """
     import torch
 
-    dtype = sdkernels.cast.accumulator(*(x.dtype for x in (a, base) if x is not None))
+    dtype = wide(a, base)
     if a.ndim < 2 or not a.numel() or rank >= min(a.shape[0], a.shape[1:].numel()):
         return a.to(dtype, copy=True)
     if rank == 0 and base is not None:
@@ -120,14 +118,14 @@ def truncate_rank(
     rows, into, origin = _tall(a), _tall(out), None if base is None else _tall(base)
     gram = torch.zeros((rows.shape[1], rows.shape[1]), dtype=torch.float64, device=a.device)
     for at in _spans(rows):
-        x = _wide(rows, origin, at)
+        x = _difference(rows, origin, at)
         gram.addmm_(x.T, x)
     if not torch.isfinite(gram).all():
         return out.fill_(math.nan)
     kept = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
     del gram
     for at in _spans(rows):
-        x = _wide(rows, origin, at) @ kept @ kept.T
+        x = _difference(rows, origin, at) @ kept @ kept.T
         into[at] = x if origin is None else x.add_(origin[at])
     return out
 
@@ -143,11 +141,11 @@ def _tall(x: "Tensor") -> "Tensor":
 
 
 def _spans(rows: "Tensor") -> "Iterator[slice]":
-    step = max(1, _BLOCK // rows.shape[1])
+    step = rows_at_once(rows.shape[1])
     return (slice(start, start + step) for start in range(0, rows.shape[0], step))
 
 
-def _wide(rows: "Tensor", origin: "Tensor | None", at: slice) -> "Tensor":
+def _difference(rows: "Tensor", origin: "Tensor | None", at: slice) -> "Tensor":
     """Return some rows, less the base's, in float64; in memory of their own."""
     import torch
 
@@ -160,7 +158,7 @@ def _mean(rows: "Tensor", origin: "Tensor | None") -> "Tensor":
 
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for at in _spans(rows):
-        total += _wide(rows, origin, at).sum(0)
+        total += _difference(rows, origin, at).sum(0)
     return total / rows.shape[0]
 
 
@@ -237,12 +235,12 @@ def _procrustes(
     if count >= width:
         cross = torch.zeros((width, width), dtype=torch.float64, device=rows_a.device)
         for at in _spans(rows_a):
-            x, y = _wide(rows_a, origin, at).sub_(mean_a), _wide(rows_b, origin, at).sub_(mean_b)
+            x, y = _difference(rows_a, origin, at).sub_(mean_a), _difference(rows_b, origin, at).sub_(mean_b)
             cross.addmm_(x.T, y)
     else:  # AᵀB would be p × p, of rank n at most: the same singular values, from n × n
         everything = slice(0, count)
         pairs = [
-            torch.linalg.qr(_wide(rows, origin, everything).sub_(mean).T)
+            torch.linalg.qr(_difference(rows, origin, everything).sub_(mean).T)
             for rows, mean in ((rows_a, mean_a), (rows_b, mean_b))
         ]
         cross = pairs[0].R @ pairs[1].R.T

@@ -3,9 +3,9 @@
 import math
 from typing import TYPE_CHECKING, Annotated
 
-import sdkernels
 from sdmerge.method import Param, method
 from sdmerge.methods._parameters import Learned
+from sdmerge.methods._shared import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +93,7 @@ def multiply_quotient(
     """
     import torch
 
-    dtype = sdkernels.cast.accumulator(a.dtype, b.dtype, c.dtype)
+    dtype = wide(a, b, c)
     wide_a, wide_b, wide_c = a.double(), b.double(), c.double()
     origin = wide_c.abs().log_()
     own, ratio = wide_a.abs().log_().sub_(origin), wide_b.abs().log_().sub_(origin)
@@ -110,7 +110,7 @@ def _changes(a: "Tensor", b: "Tensor", c: "Tensor") -> "tuple[Tensor, Tensor, Te
     """Return A, A − C, B − C and the larger magnitude of the two changes, in the accumulator's type."""
     import torch
 
-    dtype = sdkernels.cast.accumulator(a.dtype, b.dtype, c.dtype)
+    dtype = wide(a, b, c)
     wide_a, wide_c = a.to(dtype), c.to(dtype)
     own, added = wide_a - wide_c, b.to(dtype) - wide_c
     return wide_a, own, added, torch.maximum(own.abs(), added.abs())

@@ -8,17 +8,16 @@ import math
 from typing import TYPE_CHECKING, Annotated
 
 import sdkernels
-from sdmerge.errors import RequestError
 from sdmerge.method import Param, method
 from sdmerge.methods._parameters import ByWeights, Iterations, NonNegativeWeights, Weights
+from sdmerge.methods._shared import for_each, norm, normalized, rows_at_once, steps, wide
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-_BLOCK = 1 << 18
-"""Elements widened at a time."""
+    from sdkernels.linear import Term
 
 _PARALLEL = 1e-12
 """Below this sin², arc and chord differ by less than float32 can tell, and opposite vectors have no arc at all."""
@@ -112,11 +111,12 @@ def multislerp(
     """
     import torch
 
-    share = torch.tensor(_shares(weights, len(tensors), normalize), dtype=torch.float64)
+    for_each("weights", weights, tensors)
+    share = torch.tensor(normalized(weights) if normalize else weights, dtype=torch.float64)
     gram = sdkernels.reduce.gram(tensors, center=base).cpu()
     norms = gram.diagonal().clamp(min=0).sqrt()
     scaled = torch.where(norms > 0, share / norms.where(norms > 0, 1.0), 0.0)
-    length = _length(scaled, gram)
+    length = norm(scaled, gram)
     if not math.isfinite(length) or length <= epsilon:
         return _combined(share.tolist(), tensors, base)
     return _combined((scaled * (float(share @ norms) / length)).tolist(), tensors, base)
@@ -149,7 +149,8 @@ def karcher(
     """
     import torch
 
-    share = torch.tensor(_shares(weights, len(tensors), True), dtype=torch.float64)
+    for_each("weights", weights, tensors)
+    share = torch.tensor(normalized(weights), dtype=torch.float64)
     gram = sdkernels.reduce.gram(tensors).cpu()
     norms = gram.diagonal().clamp(min=0).sqrt()
     usable = (norms > 0) & norms.isfinite() & (share > 0)
@@ -168,7 +169,7 @@ def _mean_direction(cosines: "Tensor", share: "Tensor", iterations: int, toleran
     import torch
 
     mean = share
-    length = _length(mean, cosines)
+    length = norm(mean, cosines)
     if length < max(tolerance, 1e-12):
         mean, length = torch.zeros_like(share), 1.0
         mean[int(share.nonzero()[0])] = 1.0
@@ -180,17 +181,12 @@ def _mean_direction(cosines: "Tensor", share: "Tensor", iterations: int, toleran
         moving = (theta >= tolerance) & (sin > 1e-9)
         pull = torch.where(moving, share * theta / sin.where(moving, 1.0), 0.0)
         step = pull - (pull @ cos) * mean
-        size = _length(step, cosines)
+        size = norm(step, cosines)
         if size < max(tolerance, 1e-12):
             break
         mean = math.cos(size) * mean + math.sin(size) / size * step
-        mean = mean / _length(mean, cosines)
+        mean = mean / norm(mean, cosines)
     return mean
-
-
-def _length(coefficients: "Tensor", gram: "Tensor") -> float:
-    """Return the length of the combination of vectors that have these dot products."""
-    return math.sqrt(max(0.0, float(coefficients @ gram @ coefficients)))
 
 
 def _arc(gram: "Tensor", t: float, least: float) -> "tuple[Tensor, Tensor]":
@@ -208,17 +204,6 @@ def _arc(gram: "Tensor", t: float, least: float) -> "tuple[Tensor, Tensor]":
     return first, second
 
 
-def _shares(weights: tuple[float, ...], count: int, normalize: bool) -> tuple[float, ...]:
-    if len(weights) != count:
-        raise RequestError(f"{len(weights)} weights for {count} models (expected one for each)")
-    if not normalize:
-        return weights
-    total = sum(weights)
-    if total == 0:
-        raise RequestError("weights add up to 0 and cannot be normalized")
-    return tuple(weight / total for weight in weights)
-
-
 def _combined(coefficients: "Sequence[float]", tensors: "Sequence[Tensor]", base: "Tensor | None" = None) -> "Tensor":
     """Return base + Σ c (x − base), in the accumulator's type.
 
@@ -227,20 +212,13 @@ def _combined(coefficients: "Sequence[float]", tensors: "Sequence[Tensor]", base
     import torch
 
     heaviest = max(range(len(tensors)), key=lambda i: abs(coefficients[i]))
+    anchor = tensors[heaviest]
+    terms: list[Term] = [(1.0, anchor)]
     excess = math.fsum(coefficients) - 1
-    inputs = (*tensors, *(() if base is None else (base,)))
-    dtype = sdkernels.cast.accumulator(*(x.dtype for x in inputs))
-    out = torch.empty(tensors[0].shape, dtype=dtype, device=tensors[0].device)
-    parts = zip(*(torch.split(x.reshape(-1), _BLOCK) for x in (out.view(-1), *inputs)), strict=True)
-    for into, *blocks in parts:
-        anchor = blocks[heaviest]
-        terms: list[tuple[float, Tensor] | tuple[float, Tensor, Tensor]] = [(1.0, anchor)]
-        if abs(excess) > 1e-12:
-            terms.append((excess, anchor) if base is None else (excess, anchor, blocks[-1]))
-        models = blocks[: len(tensors)]
-        terms += [(c, x, anchor) for c, x in zip(coefficients, models, strict=True) if x is not anchor]
-        sdkernels.linear.combine(terms, out=into)
-    return out
+    if abs(excess) > 1e-12:
+        terms.append((excess, anchor) if base is None else (excess, anchor, base))
+    out = torch.empty(anchor.shape, dtype=wide(*tensors, base), device=anchor.device)
+    return sdkernels.linear.combine((*terms, *steps(coefficients, tensors, heaviest)), out=out)
 
 
 def _by_vectors(a: "Tensor", b: "Tensor", base: "Tensor | None", t: float, first_dimension: bool) -> "Tensor":
@@ -248,13 +226,13 @@ def _by_vectors(a: "Tensor", b: "Tensor", base: "Tensor | None", t: float, first
     import torch
 
     inputs = (a, b) if base is None else (a, b, base)
-    dtype = sdkernels.cast.accumulator(*(x.dtype for x in inputs))
+    dtype = wide(*inputs)
     out = torch.empty(a.shape, dtype=dtype, device=a.device)
     if not out.numel():
         return out
     width = a.shape[0] if first_dimension else a.shape[-1]
     views = [x.reshape(width, -1).T if first_dimension else x.reshape(-1, width) for x in (out, *inputs)]
-    for into, *stored in zip(*(torch.split(view, max(1, _BLOCK // width)) for view in views), strict=True):
+    for into, *stored in zip(*(torch.split(view, rows_at_once(width)) for view in views), strict=True):
         first, second, *origin = (x.to(dtype).contiguous() for x in stored)
         gram = sdkernels.reduce.gram((first, second), center=origin[0] if origin else None, rows=True)
         of_first, of_second = (c.to(dtype).unsqueeze(1) for c in _arc(gram, t, _PARALLEL))

@@ -7,6 +7,7 @@ import sdkernels
 from sdmerge.errors import RequestError
 from sdmerge.method import Param, Place, method
 from sdmerge.methods._parameters import Between, ShareOfB
+from sdmerge.methods.linear import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,13 +93,6 @@ def weighted_subtraction(
     return sdkernels.linear.combine(((1.0, a), (share / (1 - share), a, b)))
 
 
-def _from_nearer(a: "Tensor", b: "Tensor", share: float) -> "Tensor":
-    """Return (1 − share) A + share B as a step from the model with the larger share."""
-    if share > 0.5:
-        return sdkernels.linear.combine(((1.0, b), (1.0 - share, a, b)))
-    return sdkernels.linear.combine(((1.0, a), (share, b, a)))
-
-
 @method(mixed=True, propagates=True)
 def smoothstep(
     a: "Tensor",
@@ -115,7 +109,7 @@ def smoothstep(
         a, b: tensors of one shape.
         alpha: 0 gives A, 1 gives B.
     """
-    return _from_nearer(a, b, alpha * alpha * (3 - 2 * alpha))
+    return weighted_sum(a, b, alpha=alpha * alpha * (3 - 2 * alpha))
 
 
 @method(mixed=True, propagates=True)
@@ -134,7 +128,7 @@ def inverse_smoothstep(
         a, b: tensors of one shape.
         alpha: 0 gives A, 1 gives B.
     """
-    return _from_nearer(a, b, 0.5 - math.sin(math.asin(1 - 2 * alpha) / 3))
+    return weighted_sum(a, b, alpha=0.5 - math.sin(math.asin(1 - 2 * alpha) / 3))
 
 
 @method()

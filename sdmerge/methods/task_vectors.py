@@ -4,15 +4,12 @@ import math
 from typing import TYPE_CHECKING, Annotated
 
 import sdkernels
-from sdmerge.errors import RequestError
 from sdmerge.method import Param, method
 from sdmerge.methods._parameters import ByAgreeing, Kept, Lam, Negligible, SumByWeights, Vote, Weights
+from sdmerge.methods._shared import blocks, for_each, total, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_BLOCK = 1 << 18
-"""Elements widened at a time."""
 
 
 @method(mixed=True, propagates=True, at_least=1)
@@ -40,19 +37,15 @@ def task_arithmetic(
     Raises:
         RequestError: another number of weights, or a sum of 0 to divide by.
     """
-    _for_each("weights", weights, tensors)
-    factor = lam
-    if normalize:
-        if sum(weights) == 0:
-            raise RequestError("weights add up to 0 and cannot be normalized")
-        factor = lam / sum(weights)
+    for_each("weights", weights, tensors)
+    factor = lam / total(weights) if normalize else lam
     terms = ((factor * weight, x, base) for weight, x in zip(weights, tensors, strict=True))
     return sdkernels.linear.combine(((1.0, base), *terms))
 
 
 def _thresholds(*tensors: "Tensor", base: "Tensor", density: tuple[float, ...], **_: object) -> "list[Tensor | float]":
     """Return the smallest change of each model that TIES keeps."""
-    _for_each("density", density, tensors)
+    for_each("density", density, tensors)
     return [_smallest_kept(x, base, share) for x, share in zip(tensors, density, strict=True)]
 
 
@@ -90,7 +83,7 @@ def ties(
     Raises:
         RequestError: another number of weights or densities.
     """
-    _for_each("weights", weights, tensors)
+    for_each("weights", weights, tensors)
     thresholds = measured if measured is not None else _thresholds(*tensors, base=base, density=density)
     return sdkernels.ties.merge(base, tensors, weights, thresholds, scale=lam, normalize=normalize, vote=vote)
 
@@ -141,7 +134,9 @@ def ram_plus(
     import torch
 
     lone, changed = ([0] * len(tensors) for _ in range(2))
-    for first, *rest in _blocks(base, *tensors):
+    dtype = wide(base, *tensors)
+    for parts in blocks(base, *tensors):
+        first, *rest = (part.to(dtype) for part in parts)
         far = torch.stack([(x - first).abs_() > epsilon for x in rest])
         alone = far.sum(0) == 1
         for i, mask in enumerate(far):
@@ -157,10 +152,9 @@ def _reinforced(tensors: "tuple[Tensor, ...]", base: "Tensor", alone: tuple[floa
     """Add the mean of the changes to the base; a change that only one model has, times that model's factor `alone`."""
     import torch
 
-    out = torch.empty(
-        base.shape, dtype=sdkernels.cast.accumulator(base.dtype, *(x.dtype for x in tensors)), device=base.device
-    )
-    for into, (first, *rest) in zip(torch.split(out.view(-1), _BLOCK), _blocks(base, *tensors), strict=True):
+    out = torch.empty(base.shape, dtype=wide(base, *tensors), device=base.device)
+    for into, *parts in blocks(out, base, *tensors):
+        first, *rest = (part.to(out.dtype) for part in parts)
         count = torch.zeros_like(first)
         mean = torch.zeros_like(first)
         raised = torch.zeros_like(first)
@@ -174,14 +168,6 @@ def _reinforced(tensors: "tuple[Tensor, ...]", base: "Tensor", alone: tuple[floa
     return out
 
 
-def _blocks(*tensors: "Tensor") -> "zip[tuple[Tensor, ...]]":
-    """Walk through all tensors at once, flattened, a block of each at a time, widened."""
-    import torch
-
-    dtype = sdkernels.cast.accumulator(*(x.dtype for x in tensors))
-    return zip(*((part.to(dtype) for part in torch.split(x.reshape(-1), _BLOCK)) for x in tensors), strict=True)
-
-
 def _smallest_kept(x: "Tensor", base: "Tensor", density: float) -> "Tensor | float":
     """Return the smallest |x − base| that belongs to the largest `density` of all."""
     if density <= 0:
@@ -189,9 +175,3 @@ def _smallest_kept(x: "Tensor", base: "Tensor", density: float) -> "Tensor | flo
     if density >= 1 or not x.numel():
         return 0.0
     return sdkernels.select.kth_magnitude(x, max(1, int(density * x.numel())), base)
-
-
-def _for_each(name: str, numbers: tuple[float, ...], tensors: "tuple[Tensor, ...]") -> None:
-    """Refuse another number of numbers than models."""
-    if len(numbers) != len(tensors):
-        raise RequestError(f"{len(numbers)} {name} for {len(tensors)} models (expected one for each)")

@@ -5,14 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import sdkernels
 from sdmerge.method import Param, method
+from sdmerge.methods._shared import blocks, wide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
-
-_BLOCK = 1 << 18
-"""Elements widened at a time."""
 
 
 @method(elementwise=False, mixed=True)
@@ -73,7 +71,7 @@ def sce(
     """
     import torch
 
-    dtype = sdkernels.cast.accumulator(base.dtype, *(x.dtype for x in tensors))
+    dtype = wide(base, *tensors)
     out = torch.zeros(base.shape, dtype=dtype, device=base.device)
     least = 0.0 if select_topk >= 1 else _least_spread(tensors, select_topk, out)
     energy = torch.zeros(len(tensors), dtype=torch.float64, device=base.device)
@@ -110,7 +108,7 @@ def nearswap(
     """
     import torch
 
-    dtype = sdkernels.cast.accumulator(a.dtype, b.dtype)
+    dtype = wide(a, b)
     wide_a, wide_b = a.to(dtype), b.to(dtype)
     gap = wide_b - wide_a
     return torch.where(gap.abs() <= t, wide_b, gap.clamp_(-t, t).add_(wide_a))
@@ -139,14 +137,13 @@ def arcee_fusion(
     """
     import torch
 
-    dtype = sdkernels.cast.accumulator(a.dtype, base.dtype)
+    dtype = wide(a, base)
     score = torch.zeros(a.shape, dtype=dtype, device=a.device)
     count = a.numel()
     if not count:
         return score
     rows = a.shape[0] if a.ndim > 1 else 1
-    step = max(1, _BLOCK // (count // rows))
-    for into, x, y in zip(*(torch.split(part.reshape(rows, -1), step) for part in (score, a, base)), strict=True):
+    for into, x, y in blocks(score, a, base, rows=rows):
         p, q = x.double().log_softmax(1), y.double().log_softmax(1)
         divergence = (p.exp() * (p - q)).sum(1, keepdim=True).clamp_(min=0)
         into.copy_((x.to(dtype) - y.to(dtype)).abs_() * divergence)
@@ -154,7 +151,7 @@ def arcee_fusion(
         sdkernels.select.kth_magnitude(score, count - at * (count - 1) // 4).item() for at in (1, 2, 3)
     )
     least = median + 1.5 * (upper - lower)
-    for into, x, y in zip(*(torch.split(part.reshape(-1), _BLOCK) for part in (score, a, base)), strict=True):
+    for into, x, y in blocks(score, a, base):
         into.copy_(torch.where((into >= least) & (into > 0), x.to(dtype), y.to(dtype)))
     return score
 
@@ -179,10 +176,10 @@ def _least_spread(tensors: "tuple[Tensor, ...]", share: float, out: "Tensor") ->
     """Write each element's standard deviation over the models to `out`; return the smallest that is selected."""
     import torch
 
-    for into, *parts in zip(*(torch.split(x.reshape(-1), _BLOCK) for x in (out, *tensors)), strict=True):
-        wide = torch.stack([x.double() for x in parts])
-        wide -= wide[0].clone()  # from the first model: exactly 0 where all agree
-        into.copy_(wide.sub_(wide.mean(0)).square_().mean(0).sqrt_())
+    for into, *parts in blocks(out, *tensors):
+        values = torch.stack([x.double() for x in parts])
+        values -= values[0].clone()  # from the first model: exactly 0 where all agree
+        into.copy_(values.sub_(values.mean(0)).square_().mean(0).sqrt_())
     chosen = int(share * int(out.count_nonzero()) * (1 + 1e-12))  # 0.7 · 360 comes out just below 252
     return sdkernels.select.kth_magnitude(out, chosen).item() if chosen else math.inf
 
@@ -195,8 +192,8 @@ def _selected(
 
     def differences(parts: "tuple[Tensor, ...]") -> "tuple[Tensor, Tensor, Tensor]":
         into, part, *models = parts
-        wide = part.to(into.dtype)
-        deltas = torch.stack([x.to(into.dtype) - wide for x in models])
-        return into, wide, deltas.masked_fill_(into < least, 0) if least else deltas
+        origin = part.to(into.dtype)
+        deltas = torch.stack([x.to(into.dtype) - origin for x in models])
+        return into, origin, deltas.masked_fill_(into < least, 0) if least else deltas
 
-    return map(differences, zip(*(torch.split(x.reshape(-1), _BLOCK) for x in (spread, base, *tensors)), strict=True))
+    return map(differences, blocks(spread, base, *tensors))

@@ -11,7 +11,7 @@ import torch
 import sdkernels
 from sdmerge.errors import RequestError
 from sdmerge.method import METHODS, Place
-from sdmerge.methods import dropping
+from sdmerge.methods import _shared
 from tests.sdmerge.methods import degenerate
 from tests.sdmerge.methods.degenerate import random
 
@@ -158,7 +158,7 @@ def test_della(name: str, shape: tuple[int, ...], normalize: bool) -> None:
 def test_della_of_many_rows_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, base, _ = models((40, 31))
     whole = run("della", *tensors, base=base)
-    monkeypatch.setattr(dropping, "_BLOCK", 100)
+    monkeypatch.setattr(_shared, "BLOCK", 100)
     assert torch.equal(run("della", *tensors, base=base), whole)
 
 

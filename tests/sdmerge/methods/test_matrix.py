@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdmerge.methods import matrix
+from sdmerge.methods import _shared, matrix
 from sdmerge.methods.matrix import rotate, truncate_rank
 from tests.sdmerge.methods import degenerate
 from tests.sdmerge.methods.degenerate import random
@@ -201,7 +201,7 @@ def test_equal_singular_values_keep_some() -> None:
 def test_in_blocks(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = pair(shape)
     whole = rotate(a, b, alignment=0.5), truncate_rank(a, base=b, rank=3)
-    monkeypatch.setattr(matrix, "_BLOCK", 50)
+    monkeypatch.setattr(_shared, "BLOCK", 50)
     blocks = rotate(a, b, alignment=0.5), truncate_rank(a, base=b, rank=3)
     torch.testing.assert_close(blocks, whole)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdmerge.methods import variance
+from sdmerge.methods import _shared
 from sdmerge.methods.variance import arcee_fusion, model_stock, nearswap, sce
 from tests.sdmerge.methods import degenerate
 from tests.sdmerge.methods.degenerate import random
@@ -114,7 +114,7 @@ def test_sce(shape: tuple[int, ...], share: float) -> None:
 def test_sce_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, base, _ = models((40, 31))
     whole = sce(*tensors, base=base, select_topk=0.5)
-    monkeypatch.setattr(variance, "_BLOCK", 100)
+    monkeypatch.setattr(_shared, "BLOCK", 100)
     torch.testing.assert_close(sce(*tensors, base=base, select_topk=0.5), whole, rtol=1e-6, atol=1e-7)
 
 
