@@ -7,23 +7,7 @@ import pytest
 import torch
 
 from sdmerge.methods.cosine import cosine_a, cosine_b
-from tests.sdmerge.methods import degenerate
-from tests.sdmerge.methods.degenerate import random
-
-NAMES = ("cosine_a", "cosine_b")
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_equal_models(name: str, dtype: torch.dtype) -> None:
-    degenerate.check_equal_models(name, dtype)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_finite_types_and_docs(name: str) -> None:
-    degenerate.check_finite(name)
-    degenerate.check_types(name)
-    degenerate.check_docs(name)
+from tests.sdmerge.methods.calls import random
 
 
 @pytest.mark.parametrize("alpha", [-0.5, 0.0, 0.4, 1.0])

@@ -8,28 +8,9 @@ import torch
 
 from sdmerge.method import Place
 from sdmerge.methods import crossover as methods
-from tests.sdmerge.methods import degenerate
-from tests.sdmerge.methods.degenerate import random
+from tests.sdmerge.methods.calls import random
 
-NAMES = ("crossover", "distribution_crossover", "tensor_sum", "top_k_tensor_sum", "comparative_interpolation")
 PLACE = Place("w")
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_equal_models(name: str, dtype: torch.dtype) -> None:
-    degenerate.check_equal_models(name, dtype)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_finite(name: str) -> None:
-    degenerate.check_finite(name)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_types_and_docs(name: str) -> None:
-    degenerate.check_types(name)
-    degenerate.check_docs(name)
 
 
 def test_crossover_takes_slow_waves_from_a_and_fast_ones_from_b() -> None:

@@ -10,29 +10,7 @@ import pytest
 import torch
 
 from sdmerge.methods import differences
-from tests.sdmerge.methods import degenerate
-from tests.sdmerge.methods.degenerate import random
-
-NAMES = (
-    "train_difference", "smooth_add", "euclidean_add_difference", "multiply_difference", "similarity_add_difference", "extract",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_equal_models(name: str, dtype: torch.dtype) -> None:
-    degenerate.check_equal_models(name, dtype)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_finite(name: str) -> None:
-    degenerate.check_finite(name)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_types_and_docs(name: str) -> None:
-    degenerate.check_types(name)
-    degenerate.check_docs(name)
+from tests.sdmerge.methods.calls import random
 
 
 def three(shape: tuple[int, ...] = (120,)) -> tuple[list[torch.Tensor], list[np.ndarray]]:

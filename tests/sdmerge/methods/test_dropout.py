@@ -9,22 +9,10 @@ import torch
 import sdkernels
 from sdmerge.method import Place
 from sdmerge.methods.dropout import dropout
-from tests.sdmerge.methods import degenerate
-from tests.sdmerge.methods.degenerate import PLACE, call, random
+from tests.sdmerge.methods.calls import PLACE, call, random
 
 OVERLAPS = ("independent", "disjoint", "shared")
 COUNT = 40_000
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_equal_models(dtype: torch.dtype) -> None:
-    degenerate.check_equal_models("dropout", dtype)
-
-
-def test_finite_types_and_docs() -> None:
-    degenerate.check_finite("dropout")
-    degenerate.check_types("dropout")
-    degenerate.check_docs("dropout")
 
 
 def kept(overlap: str, density: float, models: int = 3) -> np.ndarray:

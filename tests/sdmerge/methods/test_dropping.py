@@ -12,8 +12,7 @@ import sdkernels
 from sdmerge.errors import RequestError
 from sdmerge.method import METHODS, Place
 from sdmerge.methods import _shared
-from tests.sdmerge.methods import degenerate
-from tests.sdmerge.methods.degenerate import random
+from tests.sdmerge.methods.calls import random
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,23 +21,6 @@ RANDOM = ("dare_linear", "dare_ties", "della_linear", "della")
 NAMES = (*RANDOM, "breadcrumbs", "breadcrumbs_ties")
 PLACE = Place("blocks.0.weight")
 WEIGHTS = (1.0, 0.7, 0.4)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_equal_models(name: str, dtype: torch.dtype) -> None:
-    degenerate.check_equal_models(name, dtype)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_finite(name: str) -> None:
-    degenerate.check_finite(name)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_types_and_docs(name: str) -> None:
-    degenerate.check_types(name)
-    degenerate.check_docs(name)
 
 
 def models(shape: tuple[int, ...]) -> tuple[list[torch.Tensor], torch.Tensor, list[np.ndarray]]:

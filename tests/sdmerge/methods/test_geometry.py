@@ -11,28 +11,9 @@ import torch
 from sdmerge.errors import RequestError
 from sdmerge.method import find
 from sdmerge.methods.geometry import clamp, geometric_median, perpendicular
-from tests.sdmerge.methods import degenerate
-from tests.sdmerge.methods.degenerate import call, random
+from tests.sdmerge.methods.calls import call, random
 
-NAMES = ("perpendicular", "geometric_median", "clamp")
 SHAPES = ((200,), (12, 31), (4, 3, 3, 3))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_equal_models(name: str, dtype: torch.dtype) -> None:
-    degenerate.check_equal_models(name, dtype)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_finite(name: str) -> None:
-    degenerate.check_finite(name)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_types_and_docs(name: str) -> None:
-    degenerate.check_types(name)
-    degenerate.check_docs(name)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

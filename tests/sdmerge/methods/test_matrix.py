@@ -10,28 +10,9 @@ import torch
 
 from sdmerge.methods import _shared, matrix
 from sdmerge.methods.matrix import rotate, truncate_rank
-from tests.sdmerge.methods import degenerate
-from tests.sdmerge.methods.degenerate import random
+from tests.sdmerge.methods.calls import random
 
-NAMES = ("rotate", "truncate_rank")
 TALL, SQUARE, WIDE, CONV = (40, 7), (12, 12), (6, 15), (6, 5, 3, 3)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_equal_models(name: str, dtype: torch.dtype) -> None:
-    degenerate.check_equal_models(name, dtype)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_finite(name: str) -> None:
-    degenerate.check_finite(name)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_types_and_docs(name: str) -> None:
-    degenerate.check_types(name)
-    degenerate.check_docs(name)
 
 
 def pair(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,28 +7,9 @@ import pytest
 import torch
 
 from sdmerge.methods.opposites import add_opposite, add_strict_opposite, multiply_quotient
-from tests.sdmerge.methods import degenerate
-from tests.sdmerge.methods.degenerate import random
+from tests.sdmerge.methods.calls import random
 
-NAMES = ("add_opposite", "add_strict_opposite", "multiply_quotient")
 ALPHAS = (0.0, 0.6, 1.0)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_equal_models(name: str, dtype: torch.dtype) -> None:
-    degenerate.check_equal_models(name, dtype)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_finite(name: str) -> None:
-    degenerate.check_finite(name)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_types_and_docs(name: str) -> None:
-    degenerate.check_types(name)
-    degenerate.check_docs(name)
 
 
 def three(seed: int = 0) -> tuple[list[torch.Tensor], list[np.ndarray]]:

@@ -10,27 +10,7 @@ import torch
 
 from sdmerge.errors import RequestError
 from sdmerge.methods.spheres import karcher, multislerp, nuslerp, slerp
-from tests.sdmerge.methods import degenerate
-from tests.sdmerge.methods.degenerate import random
-
-NAMES = ("slerp", "nuslerp", "multislerp", "karcher")
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_equal_models(name: str, dtype: torch.dtype) -> None:
-    degenerate.check_equal_models(name, dtype)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_finite(name: str) -> None:
-    degenerate.check_finite(name)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_types_and_docs(name: str) -> None:
-    degenerate.check_types(name)
-    degenerate.check_docs(name)
+from tests.sdmerge.methods.calls import random
 
 
 def arc(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:

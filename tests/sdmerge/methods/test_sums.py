@@ -12,41 +12,7 @@ import torch
 from sdmerge.errors import RequestError
 from sdmerge.method import Place
 from sdmerge.methods import sums
-from tests.sdmerge.methods import degenerate
-from tests.sdmerge.methods.degenerate import random
-
-MERGES = (
-    "triple_sum",
-    "sum_twice",
-    "weighted_subtraction",
-    "smoothstep",
-    "inverse_smoothstep",
-    "geometric",
-    "maximum",
-    "minimum",
-)
-SINGLE = ("scale", "plus_random", "adjust")
-
-
-@pytest.mark.parametrize("name", MERGES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_equal_models(name: str, dtype: torch.dtype) -> None:
-    degenerate.check_equal_models(name, dtype)
-
-
-@pytest.mark.parametrize("name", MERGES)
-def test_finite(name: str) -> None:
-    degenerate.check_finite(name)
-
-
-@pytest.mark.parametrize("name", MERGES)
-def test_types(name: str) -> None:
-    degenerate.check_types(name)
-
-
-@pytest.mark.parametrize("name", [*MERGES, *SINGLE])
-def test_docs(name: str) -> None:
-    degenerate.check_docs(name)
+from tests.sdmerge.methods.calls import random
 
 
 def three() -> tuple[list[torch.Tensor], list[np.ndarray]]:

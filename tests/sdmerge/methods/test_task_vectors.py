@@ -10,28 +10,9 @@ import torch
 
 from sdmerge.errors import RequestError
 from sdmerge.methods.task_vectors import ram, ram_plus, task_arithmetic, ties
-from tests.sdmerge.methods import degenerate
-from tests.sdmerge.methods.degenerate import random
+from tests.sdmerge.methods.calls import random
 
-NAMES = ("task_arithmetic", "ties", "ram", "ram_plus")
 SHAPES = ((200,), (12, 31), (4, 3, 3, 3))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_equal_models(name: str, dtype: torch.dtype) -> None:
-    degenerate.check_equal_models(name, dtype)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_finite(name: str) -> None:
-    degenerate.check_finite(name)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_types_and_docs(name: str) -> None:
-    degenerate.check_types(name)
-    degenerate.check_docs(name)
 
 
 def models(shape: tuple[int, ...]) -> tuple[list[torch.Tensor], torch.Tensor, list[np.ndarray]]:

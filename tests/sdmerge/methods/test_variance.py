@@ -10,28 +10,9 @@ import torch
 
 from sdmerge.methods import _shared
 from sdmerge.methods.variance import arcee_fusion, model_stock, nearswap, sce
-from tests.sdmerge.methods import degenerate
-from tests.sdmerge.methods.degenerate import random
+from tests.sdmerge.methods.calls import random
 
-NAMES = ("model_stock", "sce", "nearswap", "arcee_fusion")
 SHAPES = ((200,), (12, 31), (4, 3, 3, 3))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_equal_models(name: str, dtype: torch.dtype) -> None:
-    degenerate.check_equal_models(name, dtype)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_finite(name: str) -> None:
-    degenerate.check_finite(name)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_types_and_docs(name: str) -> None:
-    degenerate.check_types(name)
-    degenerate.check_docs(name)
 
 
 def models(shape: tuple[int, ...], count: int = 3) -> tuple[list[torch.Tensor], torch.Tensor, list[np.ndarray]]:

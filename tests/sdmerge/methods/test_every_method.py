@@ -1,38 +1,17 @@
-"""Cases that every merge method must get through: equal models, no difference, odd shapes, odd types."""
+"""What every merge method must get through: equal models, no difference, odd shapes, odd types."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+import pytest
 import torch
 
-from sdmerge.method import METHODS, Place, find
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from sdmerge import methods as _registered  # noqa: F401 - registers them
+from sdmerge.method import METHODS
+from tests.sdmerge.methods.calls import call, random
 
 SHAPES = ((), (1,), (7,), (5, 6), (1, 6), (5, 1), (4, 3, 3, 3), (0,), (0, 4), (3, 0))
-PLACE = Place("model.weight")
-
-
-def call(name: str, tensors: list[Tensor], base: Tensor | None = None, **values: Any) -> Tensor:
-    """Run a method as the runner does: parameters checked, tensors widened unless it takes them as stored.
-
-    The last of `tensors` is the base where it needs one.
-    """
-    method = find(name)
-    if not method.mixed:
-        wide = torch.float64 if torch.float64 in {x.dtype for x in tensors} else torch.float32
-        tensors = [x.to(wide) for x in tensors]
-        base = None if base is None else base.to(wide)
-    if method.base == "required" and base is None:
-        *tensors, base = tensors
-    extra: dict[str, Any] = method.check(len(tensors), values)
-    if base is not None:
-        extra["base"] = base
-    if method.takes_place:
-        extra["place"] = PLACE
-    return method.function(*tensors, **extra)
+CHANGES_EQUAL_MODELS = {"plus_random"}
+"""Methods that do not give the model back where all are equal, because they are there to change it."""
 
 
 def count(name: str) -> int:
@@ -41,12 +20,9 @@ def count(name: str) -> int:
     return (len(method.models) or 3) + (method.base == "required")
 
 
-def random(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return normal numbers, rounded to `dtype`."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def check_equal_models(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - CHANGES_EQUAL_MODELS))
+def test_equal_models(name: str, dtype: torch.dtype) -> None:
     """Equal models, the base among them, give that model, bit for bit; in every shape."""
     for shape in SHAPES:
         x = random(shape, 1, dtype)
@@ -56,7 +32,8 @@ def check_equal_models(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(result, x.to(result.dtype)), f"{name}: equal models of shape {shape} give another one"
 
 
-def check_finite(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_finite(name: str) -> None:
     """Finite inputs of every shape, zeros, constants, parallel and opposite vectors give finite results; inputs stay."""
     for shape in SHAPES:
         x, y, z, w = (random(shape, seed) for seed in range(2, 6))
@@ -74,7 +51,8 @@ def check_finite(name: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), f"{name} changes its inputs"
 
 
-def check_types(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_types(name: str) -> None:
     """What is stored in half precision is computed as if it were float32; float64 stays, and is close to float32."""
     tensors = [random((5, 6), seed, torch.float16) for seed in range(count(name))]
     result = call(name, [x.clone() for x in tensors])
@@ -84,12 +62,3 @@ def check_types(name: str) -> None:
     precise = call(name, [x.double() for x in tensors])
     assert precise.dtype == torch.float64
     torch.testing.assert_close(precise, wide.double(), rtol=1e-5, atol=1e-6)
-
-
-def check_docs(name: str) -> None:
-    """A formula and a source, and a bound or a sense for each number."""
-    method = find(name)
-    assert method.summary.endswith(".")
-    assert method.formula
-    assert method.source
-    assert all(p.param.help for p in method.parameters)
