@@ -53,7 +53,7 @@ def reference(
     shares = [float(weight) for weight in weights]
     bases, models = base.reshape(-1), [x.reshape(-1) for x in tensors]
     result = flat.target(base, wide, out)
-    span = max(_SPAN, flat.span(base)) if base.device.type == "cpu" else flat.span(base)
+    span = max(_SPAN, flat.span(base))
     ballot = _Ballot(min(span, bases.numel()), wide, base.device, normalize=normalize, by_count=vote == "count")
     for start in range(0, bases.numel(), span):
         part = slice(start, start + span)
