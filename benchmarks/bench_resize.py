@@ -19,7 +19,7 @@ from benchmarks.shapes import FAMILIES
 from sdformats.adapters import open_adapter
 from sdformats.adapters.records import LoRA
 from sdformats.files import open_source
-from sdmerge import api
+from sdmerge import adapters
 from sdmerge.lora.refs import value
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def main(cache: Path, rounds: int, thin: bool, json_path: Path | None) -> None:
     costs = []
     for number in range(rounds + 1):
         cost = measure(
-            lambda: api.resize_lora(source, output, rank=AFTER, threads=1, report=report_path, overwrite=True)
+            lambda: adapters.resize_lora(source, output, rank=AFTER, threads=1, report=report_path, overwrite=True)
         )
         costs += [cost] if number else []
     seconds = sorted(cost.seconds for cost in costs)[len(costs) // 2]

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+_ORDER = ("te1", "te2", "te3", "unet.conv_in", "unet.time", "unet.add", "unet.down", "unet.mid", "unet.up", "unet")
 _BLOCK = re.compile(r"(unet\.(?:down_blocks|up_blocks)\.\d+|unet\.mid_block|unet\.\w+?_blocks|te\d)")
 
 
@@ -24,7 +25,7 @@ def paint(path: Path, layers: Mapping[str, Mapping[str, Any]]) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = list(layers)
+    names = sorted(layers, key=_place)
     blocks = [match[1] if (match := _BLOCK.match(name)) else name.partition(".")[0] for name in names]
     edges = [i for i in range(len(names)) if i == 0 or blocks[i] != blocks[i - 1]]
     figure, axes = plt.subplots(2, 1, figsize=(12, 6.5), sharex=True, constrained_layout=True)
@@ -43,6 +44,13 @@ def paint(path: Path, layers: Mapping[str, Mapping[str, Any]]) -> None:
     axes[0].set_title(f"{len(names):,} layers")
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Return where a layer is in the order of the work; layers of one block stay in their order."""
+    first = next((i for i, start in enumerate(_ORDER) if name.startswith(start)), len(_ORDER))
+    number = re.search(r"_blocks\.(\d+)", name)
+    return first, int(number[1]) if number else 0
 
 
 def _short(block: str) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import sdkernels
 from sdformats.safetensors import SafetensorsSource
-from sdmerge import api
+from sdmerge import adapters
 from sdmerge.cli import root
 from sdmerge.errors import FamilyError, MismatchError, RequestError
 from sdmerge.lora.strength import parse_strength
@@ -60,7 +60,7 @@ def test_sums_of_any_mix_are_exact(
     for i, (kind, strength, modules) in enumerate(mix):
         tensors = MAKERS[kind](tuple(sorted(modules)), seed=10 * i)
         inputs.append((saved(folder / f"{i}.safetensors", tensors), strength))
-    api.merge_lora(inputs, folder / "out.safetensors", to="kohya")
+    adapters.merge_lora(inputs, folder / "out.safetensors", to="kohya")
     check(folder / "out.safetensors", inputs)
 
 
@@ -72,7 +72,7 @@ def test_exact_where_the_type_would_round(dtype: torch.dtype, to: str, tmp_path:
         for i, (alpha, strength) in enumerate(((4, 0.7), (1, -0.3)))
     ]
     out = tmp_path / ("out" if to == "peft" else "out.safetensors")
-    api.merge_lora(inputs, out, to=to)
+    adapters.merge_lora(inputs, out, to=to)
     if to == "peft":
         files = list(out.rglob("adapter_model.safetensors"))
         assert len(files) == 2
@@ -87,7 +87,7 @@ def test_equal_factors_need_no_arithmetic(tmp_path: Path) -> None:
         (saved(tmp_path / f"{i}.safetensors", lora((Q,), seed=i, dtype=torch.float16)), s)
         for i, s in ((0, 0.7), (1, -0.7))
     ]
-    api.merge_lora(inputs, tmp_path / "out.safetensors")
+    adapters.merge_lora(inputs, tmp_path / "out.safetensors")
     check(tmp_path / "out.safetensors", inputs)
     made = load_file(tmp_path / "out.safetensors")
     up, old = made[f"{Q}.lora_up.weight"], [load_file(path)[f"{Q}.lora_up.weight"] for path, _ in inputs]
@@ -101,7 +101,7 @@ def test_a_bounded_rank_is_the_best_approximation_of_the_sum(method: Any, tmp_pa
     files = [saved(tmp_path / f"{i}.safetensors", made) for i, made in enumerate(makers)]
     inputs = list(zip(files, (1.0, -0.5, 2.0), strict=True))
     out = tmp_path / "out.safetensors"
-    api.merge_lora(inputs, out, method=method, rank=5, dtype="fp32")
+    adapters.merge_lora(inputs, out, method=method, rank=5, dtype="fp32")
     found = changes(out)
     for module, change in total(inputs).items():
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
@@ -113,7 +113,7 @@ def test_a_bounded_rank_is_the_best_approximation_of_the_sum(method: Any, tmp_pa
 def test_dense_methods_then_the_best_approximation(method: Any, values: dict[str, Any], tmp_path: Path) -> None:
     inputs = [(saved(tmp_path / f"{i}.safetensors", lora(seed=i)), s) for i, s in ((0, 1.0), (1, 0.5))]
     out = tmp_path / "out.safetensors"
-    api.merge_lora(inputs, out, method=method, parameters=values, rank=40, dtype="fp32", threads=2)
+    adapters.merge_lora(inputs, out, method=method, parameters=values, rank=40, dtype="fp32", threads=2)
     one, other = changes(inputs[0][0]), changes(inputs[1][0])
     for module, change in changes(out).items():
         deltas = [one[module].float(), 0.5 * other[module].float()]
@@ -129,7 +129,7 @@ def test_dense_methods_then_the_best_approximation(method: Any, values: dict[str
         u, s, vh = torch.linalg.svd(torch.as_tensor(expected).double(), full_matrices=False)
         assert relative(change, (u[:, :40] * s[:40]) @ vh[:40]) < 1e-3  # an element at the edge may go either way
     again = tmp_path / "again.safetensors"
-    api.merge_lora(inputs, again, method=method, parameters=values, rank=40, dtype="fp32", threads=1)
+    adapters.merge_lora(inputs, again, method=method, parameters=values, rank=40, dtype="fp32", threads=1)
     assert again.read_bytes() == out.read_bytes()
 
 
@@ -145,12 +145,12 @@ def test_differences_norms_and_biases_are_summed(tmp_path: Path) -> None:
         del second[key]
     second[f"{TE}.diff"] = noise(64, 48, seed=4, dtype=torch.float32)
     inputs = [(saved(tmp_path / "a.safetensors", parts(1)), 0.5), (saved(tmp_path / "b.safetensors", second), -2.0)]
-    api.merge_lora(inputs, tmp_path / "out.safetensors")
+    adapters.merge_lora(inputs, tmp_path / "out.safetensors")
     check(tmp_path / "out.safetensors", inputs)
     made, old = load_file(tmp_path / "out.safetensors"), [load_file(path) for path, _ in inputs]
     expected = 0.5 * old[0][f"{NORM}.b_norm"] - 2 * old[1][f"{NORM}.b_norm"]
     assert torch.allclose(made[f"{NORM}.b_norm"], expected, atol=1e-7)
-    api.merge_lora(inputs, tmp_path / "small.safetensors", rank=2)
+    adapters.merge_lora(inputs, tmp_path / "small.safetensors", rank=2)
     assert torch.allclose(changes(tmp_path / "small.safetensors")["te1.text_model.encoder.layers.0.mlp.fc1"],
                           total(inputs)["te1.text_model.encoder.layers.0.mlp.fc1"], atol=1e-6)  # fmt: skip
 
@@ -160,20 +160,20 @@ def test_embeddings_are_kept_and_may_not_clash(tmp_path: Path) -> None:
         return loha((Q,)) | {f"bundle_emb.{word}.string_to_param.*": noise(2, 768, seed=3, dtype=torch.float32)}
 
     a, b, c = (saved(tmp_path / f"{i}.safetensors", bundle(word)) for i, word in enumerate(("cat", "dog", "cat")))
-    api.merge_lora([a, b], tmp_path / "out.safetensors")
+    adapters.merge_lora([a, b], tmp_path / "out.safetensors")
     assert {key for key in load_file(tmp_path / "out.safetensors") if "bundle" in key} == {
         "bundle_emb.cat.string_to_param.*",
         "bundle_emb.dog.string_to_param.*",
     }
     with pytest.raises(RequestError, match="'cat'"):
-        api.merge_lora([a, c], tmp_path / "no.safetensors")
+        adapters.merge_lora([a, c], tmp_path / "no.safetensors")
 
 
 def test_metadata_tells_what_was_done_and_nothing_of_training(tmp_path: Path) -> None:
     texts = {"ss_base_model_version": "sd_v1", "ss_tag_frequency": "{}", "ss_training_started_at": "1"}
     a = saved(tmp_path / "a.safetensors", lora(rank=3), **texts)
     b = saved(tmp_path / "b.safetensors", lora((Q,), rank=2))
-    api.merge_lora([a, (b, 0.5)], tmp_path / "out.safetensors")
+    adapters.merge_lora([a, (b, 0.5)], tmp_path / "out.safetensors")
     with SafetensorsSource(tmp_path / "out.safetensors") as made:
         found = dict(made.metadata)
     assert json.loads(found.pop("sdmerge.merge_lora")) == {"method": "sum", "strengths": [1.0, 0.5]}
@@ -188,13 +188,13 @@ def test_refusals(tmp_path: Path) -> None:
     odd = {f"{Q}.lora_up.weight": torch.ones(40, 2), f"{Q}.lora_down.weight": torch.ones(2, 47)}
     for tensors, error in ((wide, FamilyError), (odd, MismatchError)):
         with pytest.raises(error):
-            api.merge_lora([a, saved(tmp_path / "b.safetensors", tensors)], out)
+            adapters.merge_lora([a, saved(tmp_path / "b.safetensors", tensors)], out)
     with pytest.raises(RequestError, match="other than 0"):
-        api.merge_lora([(a, 0.0)], out)
+        adapters.merge_lora([(a, 0.0)], out)
     with pytest.raises(RequestError, match="ties needs a bound"):
-        api.merge_lora([a, a], out, method="ties")
+        adapters.merge_lora([a, a], out, method="ties")
     with pytest.raises(RequestError, match="no parameters"):
-        api.merge_lora([a, a], out, parameters={"density": 1})
+        adapters.merge_lora([a, a], out, parameters={"density": 1})
     assert not out.exists()
 
 

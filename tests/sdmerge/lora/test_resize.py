@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from sdformats.errors import FormatError
 from sdformats.safetensors import SafetensorsSource
-from sdmerge import api
+from sdmerge import adapters
 from sdmerge.cli import root
 from sdmerge.errors import NonFiniteInput, RequestError
 from tests.sdmerge.lora.samples import Q, changes, loha, lokr, lora, noise, ranks, relative, saved
@@ -41,7 +41,7 @@ def best(change: Tensor, rank: int) -> Tensor:
 def test_equals_the_truncated_svd(kind: str, rank: int, tmp_path: Path) -> None:
     source = saved(tmp_path / "in.safetensors", KINDS[kind])
     to = "kohya" if kind.startswith("lo") and kind != "lora" else None
-    api.resize_lora(source, tmp_path / "out.safetensors", rank=rank, dtype="fp32", to=to, report=tmp_path / "r.json")
+    adapters.resize_lora(source, tmp_path / "out.safetensors", rank=rank, dtype="fp32", to=to, report=tmp_path / "r.json")
     found, before = changes(tmp_path / "out.safetensors"), changes(source)
     report = json.loads((tmp_path / "r.json").read_text())["modules"]
     assert found.keys() == before.keys()
@@ -55,7 +55,7 @@ def test_equals_the_truncated_svd(kind: str, rank: int, tmp_path: Path) -> None:
 def test_keeps_type_layout_and_what_is_true_of_it(tmp_path: Path) -> None:
     texts = {"ss_network_dim": "8", "ss_network_alpha": "4", "ss_tag_frequency": "{}", "sshs_model_hash": "0"}
     source = saved(tmp_path / "in.safetensors", lora(dtype=torch.float16), **texts)
-    api.resize_lora(source, tmp_path / "out.safetensors", rank=2)
+    adapters.resize_lora(source, tmp_path / "out.safetensors", rank=2)
     with SafetensorsSource(tmp_path / "out.safetensors") as made, SafetensorsSource(source) as old:
         assert made.specs.keys() == old.specs.keys()
         assert {str(spec.dtype) for spec in made.specs.values()} == {str(spec.dtype) for spec in old.specs.values()}
@@ -69,22 +69,22 @@ def test_keeps_type_layout_and_what_is_true_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [9_000, 20_000, 60_000])
 def test_a_size_is_filled_and_never_exceeded(size: int, tmp_path: Path) -> None:
     source = saved(tmp_path / "in.safetensors", lora(rank=16), note="x" * 100)
-    api.resize_lora(source, tmp_path / "out.safetensors", size=size)
+    adapters.resize_lora(source, tmp_path / "out.safetensors", size=size)
     assert size - 4 * (40 + 768) - 300 <= (tmp_path / "out.safetensors").stat().st_size <= size
-    api.resize_lora(source, tmp_path / "peft", size=size, to="peft")
+    adapters.resize_lora(source, tmp_path / "peft", size=size, to="peft")
     assert sum(file.stat().st_size for file in (tmp_path / "peft").rglob("*.*")) <= size
     with pytest.raises(RequestError, match="no module has a place"):
-        api.resize_lora(source, tmp_path / "no.safetensors", size=300)
+        adapters.resize_lora(source, tmp_path / "no.safetensors", size=300)
 
 
 def test_energy_and_error_bound_each_module(tmp_path: Path) -> None:
     source, out = saved(tmp_path / "in.safetensors", lora(rank=16)), tmp_path / "out.safetensors"
-    api.resize_lora(source, out, error=0.4)
+    adapters.resize_lora(source, out, error=0.4)
     for path, change in changes(source).items():
         rank = ranks(out)[path]
         assert rank is not None
         assert relative(changes(out)[path], change) <= 0.4 < relative(best(change, rank - 1), change)
-    api.resize_lora(source, out, energy=0.84, overwrite=True)
+    adapters.resize_lora(source, out, energy=0.84, overwrite=True)
     assert all(relative(changes(out)[path], change) ** 2 <= 0.16 for path, change in changes(source).items())
     with SafetensorsSource(out) as made:
         assert made.metadata["ss_network_dim"] == "Dynamic"
@@ -95,7 +95,7 @@ def test_any_number_of_threads_gives_the_same_bytes(tmp_path: Path) -> None:
     made = []
     for threads in (1, 2, 5):
         out = tmp_path / f"{threads}.safetensors"
-        api.resize_lora(source, out, size=30_000, threads=threads)
+        adapters.resize_lora(source, out, size=30_000, threads=threads)
         made.append(out.read_bytes())
     assert made[0] == made[1] == made[2]
 
@@ -103,7 +103,7 @@ def test_any_number_of_threads_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_differences_are_kept(tmp_path: Path) -> None:
     norm = {"lora_unet_down_blocks_0_resnets_0_norm1.w_norm": noise(36, seed=1, dtype=torch.float32)}
     source = saved(tmp_path / "in.safetensors", lora() | norm)
-    report = api.resize_lora(source, tmp_path / "out.safetensors", rank=2)
+    report = adapters.resize_lora(source, tmp_path / "out.safetensors", rank=2)
     path = "unet.down_blocks.0.resnets.0.norm1"
     assert torch.equal(changes(tmp_path / "out.safetensors")[path], changes(source)[path])
     assert any("kept whole" in note for note in report.notes)
@@ -113,7 +113,7 @@ def test_an_untrained_module_stays_nothing(tmp_path: Path) -> None:
     tensors = lora((Q,), rank=4)
     tensors[f"{Q}.lora_up.weight"].zero_()
     out = tmp_path / "out.safetensors"
-    api.resize_lora(saved(tmp_path / "in.safetensors", tensors), out, rank=2)
+    adapters.resize_lora(saved(tmp_path / "in.safetensors", tensors), out, rank=2)
     assert not next(iter(changes(out).values())).any()
     assert set(ranks(out).values()) == {2}
 
@@ -122,15 +122,15 @@ def test_refuses_what_has_no_factors(tmp_path: Path) -> None:
     dora = lora((Q,)) | {f"{Q}.dora_scale": torch.ones(40, 1)}
     source, out = saved(tmp_path / "in.safetensors", dora), tmp_path / "out.safetensors"
     with pytest.raises(RequestError, match="is DoRA.*bake it, then extract"):
-        api.resize_lora(source, out, rank=2)
+        adapters.resize_lora(source, out, rank=2)
     broken = lora((Q,))
     broken[f"{Q}.lora_up.weight"][0] = torch.nan
     with pytest.raises(NonFiniteInput, match="to_q"):
-        api.resize_lora(saved(source, broken), out, rank=2)
+        adapters.resize_lora(saved(source, broken), out, rank=2)
     with pytest.raises(RequestError, match="give one of rank"):
-        api.resize_lora(source, out)
+        adapters.resize_lora(source, out)
     with pytest.raises(FormatError, match="only read"):
-        api.resize_lora(saved(source, lora((Q,))), out, rank=2, to="cloneofsimo-list")
+        adapters.resize_lora(saved(source, lora((Q,))), out, rank=2, to="cloneofsimo-list")
     assert not out.exists()
 
 
