@@ -43,17 +43,13 @@ class Leading:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Return rows · rowsᵀ, (d, d), in the type of `rows`: the blocks on and above the diagonal, mirrored."""
+    """Return rows · rowsᵀ, (d, d), in the type of `rows`: the blocks on and above the diagonal, a third less work than all."""
     count = rows.shape[0]
-    result = torch.empty(count, count, dtype=rows.dtype, device=rows.device)
+    upper = torch.zeros(count, count, dtype=rows.dtype, device=rows.device)
     edges = [count * i // _STRIPES for i in range(_STRIPES + 1)]
     for start, stop in pairwise(edges):
-        if start == stop:
-            continue
-        block = rows[start:stop] @ rows[start:].T
-        result[start:stop, start:] = block
-        result[start:, start:stop] = block.T
-    return result
+        upper[start:stop, start:] = rows[start:stop] @ rows[start:].T
+    return upper.triu() + upper.triu(1).T
 
 
 def leading(a: Tensor, rank: int | None, start: Tensor | None = None, tolerance: float = 0.01) -> Leading:

@@ -8,12 +8,12 @@ factors lose only σ below 3e-8 ‖U‖ ‖D‖, which is less than the factors'
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-_STRIPES = 4
+from sdkernels import subspace
+
 _NOTHING = 1e-15
 """Squared singular values below this share of what the factors' lengths allow are rounding."""
 
@@ -87,14 +87,7 @@ class WholeSpectrum(Spectrum):
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Return rows · rowsᵀ in float64: the blocks on and above the diagonal, a third less work than all of them."""
-    wide = rows.double()
-    count = wide.shape[0]
-    upper = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
-    edges = [count * i // _STRIPES for i in range(_STRIPES + 1)]
-    for start, stop in pairwise(edges):
-        upper[start:stop, start:] = wide[start:stop] @ wide[start:].T
-    return upper.triu() + upper.triu(1).T
+    return subspace.gram(rows.double())
 
 
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:

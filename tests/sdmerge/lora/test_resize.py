@@ -41,7 +41,9 @@ def best(change: Tensor, rank: int) -> Tensor:
 def test_equals_the_truncated_svd(kind: str, rank: int, tmp_path: Path) -> None:
     source = saved(tmp_path / "in.safetensors", KINDS[kind])
     to = "kohya" if kind.startswith("lo") and kind != "lora" else None
-    adapters.resize_lora(source, tmp_path / "out.safetensors", rank=rank, dtype="fp32", to=to, report=tmp_path / "r.json")
+    adapters.resize_lora(
+        source, tmp_path / "out.safetensors", rank=rank, dtype="fp32", to=to, report=tmp_path / "r.json"
+    )
     found, before = changes(tmp_path / "out.safetensors"), changes(source)
     report = json.loads((tmp_path / "r.json").read_text())["modules"]
     assert found.keys() == before.keys()
