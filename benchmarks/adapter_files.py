@@ -39,7 +39,7 @@ def adapter_file(family: Family, rank: int, cache: Path, *, report: Callable[[st
     path = cache / f"{family.name}-lora-r{rank}{f'-{number}' if number else ''}.safetensors"
     if path.exists():
         return path
-    specs = dict(_tensors(family.specs(), rank))
+    specs = dict(tensors_of(family.specs(), rank))
     report(f"writing {path.name}, {sum(spec.nbytes for spec in specs.values()) / 1e9:.2f} GB")
     noise = Noise()
     with SafetensorsSink(path, specs, {"ss_network_dim": str(rank)}) as sink:
@@ -58,7 +58,8 @@ def _write(sink: SafetensorsSink, name: str, spec: Spec, noise: Noise, rank: int
         sink.write(name, 2 * start, values.data.cast("B"))
 
 
-def _tensors(specs: Mapping[str, Spec], rank: int) -> Iterator[tuple[str, Spec]]:
+def tensors_of(specs: Mapping[str, Spec], rank: int) -> Iterator[tuple[str, Spec]]:
+    """Yield the adapter's tensors for a model of these tensors."""
     for name, spec in specs.items():
         module, shape = _module(name), spec.shape
         if module is None or len(shape) not in (2, 4):
@@ -87,5 +88,5 @@ def places(adapter: Container[str], model: Iterable[str]) -> dict[str, str]:
 
 def flops(specs: Mapping[str, Spec], rank: int) -> int:
     """Return how many operations it takes to form all changes: two for each element and rank."""
-    adapter = dict(_tensors(specs, rank))
+    adapter = dict(tensors_of(specs, rank))
     return sum(2 * specs[name].numel * rank for name in places(adapter, specs).values())
