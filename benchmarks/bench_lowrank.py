@@ -1,4 +1,4 @@
-"""Extracting at a rank, against the whole singular value decomposition that the usual scripts call, shape by shape. See README.md."""
+"""Extracting at a rank, against the whole decomposition that the usual scripts call, shape by shape. See README.md."""
 
 from __future__ import annotations
 
