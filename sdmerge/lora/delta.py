@@ -210,22 +210,30 @@ def _cayley(blocks: Tensor, constraint: float | None, rows: int) -> Tensor:
 
 
 def _rotated_columns(record: InputOFT, get: Get, weight: Tensor) -> Tensor:
-    """Rotate groups of columns, as PEFT does: by Cayley's transform, or by five terms of its series."""
+    """Rotate groups of columns, as PEFT does: by Cayley's transform, or by some terms of its series."""
     vectors = get(record.vectors).to(weight.dtype)
     size = round((1 + (1 + 8 * vectors.shape[1]) ** 0.5) / 2)
     upper = torch.triu_indices(size, size, 1)
     skew = torch.zeros(vectors.shape[0], size, size, dtype=vectors.dtype, device=vectors.device)
     skew[:, upper[0], upper[1]] = vectors
     skew = skew - skew.transpose(1, 2)
-    eye = torch.eye(size, dtype=skew.dtype, device=skew.device)
-    if record.neumann:
-        square = skew @ skew
-        cube = square @ skew
-        turns = eye + 2 * skew + 2 * square + 2 * cube + cube @ skew
-    else:
-        turns = torch.linalg.solve(eye + skew, eye - skew, left=False)
+    turns = _series(skew, record.terms)
     flat = weight.flatten(1)
     groups = flat.shape[1] // size
     turns = turns.expand(groups, size, size)  # one rotation may be shared by all groups
     grouped = flat.reshape(flat.shape[0], groups, size)
     return torch.einsum("okj,kij->oki", grouped, turns).reshape(weight.shape)
+
+
+def _series(skew: Tensor, terms: int | None) -> Tensor:
+    """Return (I - Q) (I + Q)⁻¹, or I + 2Q + 2Q² + … as PEFT cuts it: its last power counts once, and 3 terms are 4."""
+    eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
+    if terms is None:
+        turns: Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
+        return turns
+    last = terms - 1 if terms < 3 else max(terms - 1, 3)
+    total, power = eye, eye
+    for exponent in range(1, last + 1):
+        power = power @ skew
+        total = total + power * (1 if 1 < exponent == last else 2)
+    return total

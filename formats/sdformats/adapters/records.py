@@ -253,16 +253,16 @@ class OFT(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class InputOFT(Record):
-    """PEFT's OFT: rotations of groups of columns, by Cayley's transform or five terms of its series.
+    """PEFT's OFT: rotations of groups of columns, by Cayley's transform or some terms of its series.
 
     Attributes:
         vectors: (n, b (b - 1) / 2) upper triangles of skew matrices.
-        neumann: whether the series is meant.
+        terms: how many terms of the series are meant; None for the transform itself.
     """
 
     algorithm = "peft-oft"
     vectors: Ref
-    neumann: bool = True
+    terms: int | None = 5
 
 
 @dataclass(frozen=True, kw_only=True)

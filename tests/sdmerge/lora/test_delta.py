@@ -6,7 +6,7 @@ LyCORIS applies the scale of LoHa and LoKr twice when it merges, but not when it
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -109,19 +109,20 @@ def test_dora_over_columns_gives_each_column_its_length(kernel: tuple[int, ...])
     assert torch.allclose(norms, lengths.flatten(), rtol=1e-12)
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_cayley_neumann": False}], ids=["series", "exact"])
+@pytest.mark.parametrize("terms", [None, 2, 3, 4, 5, 8])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_rotated_columns_are_those_of_peft(settings: dict[str, Any]) -> None:
+def test_rotated_columns_are_those_of_peft(terms: int | None) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(12, 8, bias=False))
     weight = model[0].weight.detach().double().clone()
-    config = peft.OFTConfig(oft_block_size=4, r=0, target_modules=["0"], init_weights=True, **settings)
+    series = {"use_cayley_neumann": terms is not None, "num_cayley_neumann_terms": terms or 5}
+    config = peft.OFTConfig(oft_block_size=4, r=0, target_modules=["0"], init_weights=True, **series)
     wrapped = peft.get_peft_model(model, config)
     vectors = next(p for name, p in wrapped.named_parameters() if "oft_R" in name)
     vectors.data.copy_(torch.randn_like(vectors) * 0.1)
-    record = InputOFT(vectors=Memory().add(vectors.detach().numpy()), neumann=not settings)
+    record = InputOFT(vectors=Memory().add(vectors.detach().numpy()), terms=terms)
     merged = wrapped.merge_and_unload()[0].weight.detach().double()
     assert torch.allclose(weight + delta(record, double, weight), merged, rtol=1e-5, atol=1e-6)
 

@@ -19,6 +19,7 @@ from sdformats.adapters.peft_config import scaled, settings
 from sdformats.adapters.reading import named, read_named
 from sdformats.adapters.records import InputOFT, LoRA
 from sdformats.adapters.roles import KOHYA, LENGTHS, PEFT
+from sdformats.errors import CorruptFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,6 +53,7 @@ _NETWORK: tuple[str, ...] = (
     "pos_embed",
 )
 _ENDS = {key: role for key, role in (PEFT | KOHYA).items() if role not in ("scale", "weight", LENGTHS)}
+_MOST_TERMS = 100
 
 
 class _Naming(Naming):
@@ -90,15 +92,22 @@ def read(layout: AdapterLayout, file: AdapterFile) -> Adapter:
         config = file.configs.get(FOLDERS[component], file.configs.get(""))
         if config is None:
             return replace(adapter, scaled=False, notes=(*adapter.notes, f"{FOLDERS[component]} has no {CONFIG}"))
-        modules[path] = scaled(_rotation(record, config), module, config, str(file.source.path.with_name(CONFIG)))
+        where = str(file.source.path.with_name(CONFIG))
+        modules[path] = scaled(_rotation(record, config, where), module, config, where)
     return replace(adapter, modules=modules)
 
 
-def _rotation(record: Record, config: Mapping[str, Any]) -> Record:
-    """Note which of two formulas a rotation is meant by."""
+def _rotation(record: Record, config: Mapping[str, Any], where: str) -> Record:
+    """Note which of two formulas a rotation is meant by, and how many terms of the series."""
     if not isinstance(record, InputOFT):
         return record
-    return replace(record, neumann=bool(config.get("use_cayley_neumann", True)))
+    if not config.get("use_cayley_neumann", True):
+        return replace(record, terms=None)
+    terms = config.get("num_cayley_neumann_terms", 5)
+    if type(terms) is not int or not 1 <= terms <= _MOST_TERMS:
+        expected = f"1 to {_MOST_TERMS}"
+        raise CorruptFile(f"says num_cayley_neumann_terms is {str(terms)[:40]!r}", path=where, expected=expected)
+    return replace(record, terms=terms)
 
 
 def _second_encoder(adapter: Adapter) -> dict[str, Record]:
