@@ -209,8 +209,8 @@ def disassemble(record: Record) -> dict[str, Ref]:
     if isinstance(record, OFT):
         if record.rotations:
             found["oft_diag"] = found.pop("oft_blocks")
-        elif record.constraint is not None:
-            found[ALPHA] = constant(record.constraint, dtype)
+        else:  # LyCORIS does not load rotations without one; 0 is no bound
+            found[ALPHA] = constant(record.constraint or 0.0, dtype)
     if isinstance(record, Full) and record.replaces:
         found["set_weight"] = found.pop("diff")
     if isinstance(record, IA3):
