@@ -6,7 +6,7 @@ approximation shows that no other of the same rank could be much better; else al
 
 The bound: in a basis of Ritz vectors G is [[Θ, Eᵀ], [E, C]], which for any δ > 0 is no larger than diag(Θ + EᵀE / δ, C + δ I),
 so the r largest eigenvalues of G add up to no more than the r largest of that. EᵀE is the residuals' Gram matrix; ‖C‖ is
-estimated by power iteration, with 3 % on top.
+estimated by block power iteration, with 3 % on top.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ _SMALL = 400
 """Sides up to which all eigenvalues are as cheap as some."""
 _MOST_PASSES = 16
 _STRIPES = 4
-_DELTAS = 16
+_DELTAS = 6
+_PASSES_OUTSIDE = 4
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,10 @@ def certified(g: Tensor, q: Tensor, image: Tensor, values: Tensor, rank: int) ->
 
 
 def _norm_outside(g: Tensor, q: Tensor) -> float:
-    """Estimate the largest eigenvalue of `g` outside of the span of `q`, by power iteration on eight vectors."""
-    x = (g[:, :8] - q @ (q.T @ g[:, :8])) if g.shape[1] >= 8 else g - q @ (q.T @ g)
-    value = 0.0
-    for _ in range(12):
-        lengths = x.norm(dim=0)
-        x = x / lengths.clamp(min=1e-30)
+    """Estimate the largest eigenvalue of `g` outside of the span of `q`, by a few passes of a block of sixteen vectors."""
+    x = g[:, :16]
+    for _ in range(_PASSES_OUTSIDE):
+        x = torch.linalg.qr(x - q @ (q.T @ x))[0]
         x = g @ x
-        x = x - q @ (q.T @ x)
-        value = float(x.norm(dim=0).max())
-    return value
+    x = torch.linalg.qr(x - q @ (q.T @ x))[0]
+    return float(torch.linalg.eigvalsh(x.T @ (g @ x))[-1])

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from sdformats.adapters.naming import Prefix
+from sdformats.adapters.reading import write_named
+from sdformats.adapters.records import Rows
+
+if TYPE_CHECKING:
+    from sdformats.adapters.adapter import Adapter
+    from sdformats.adapters.fused import Fold
+    from sdformats.adapters.layout import AdapterLayout, Written
 
 UNET_FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner")
 LORA = frozenset({"lora", "locon"})
@@ -26,3 +36,18 @@ DIFFUSERS_TEXT_ENCODERS = (
     Prefix("text_encoder_2.", "te2", "any", flat=False),
     Prefix("text_encoder_3.", "te3", "any", flat=False),
 )
+
+
+def write_with_alpha(layout: AdapterLayout, adapter: Adapter, fold: Fold) -> Written:
+    """Write by names, with an alpha for every rank: LyCORIS does not load factors without one.
+
+    Raises:
+        CannotHold: as `reading.write_named`.
+    """
+    modules = {
+        path: record
+        if record.alpha is not None or record.rank is None or isinstance(record, Rows)
+        else replace(record, alpha=float(record.rank))
+        for path, record in adapter.modules.items()
+    }
+    return write_named(layout, replace(adapter, modules=modules), fold)

@@ -1,9 +1,9 @@
 """LyCORIS in sd-scripts' naming: every algorithm, with the module names that sd-scripts has for the family."""
 
 from sdformats.adapters.layout import AdapterLayout
-from sdformats.adapters.layouts._shared import KOHYA_TEXT_ENCODERS, LYCORIS_ENDS
+from sdformats.adapters.layouts._shared import KOHYA_TEXT_ENCODERS, LYCORIS_ENDS, write_with_alpha
 from sdformats.adapters.naming import Naming, Prefix
-from sdformats.adapters.reading import EVERYTHING, read_named, write_named
+from sdformats.adapters.reading import EVERYTHING, read_named
 from sdformats.adapters.roles import KOHYA
 
 LAYOUT = AdapterLayout(
@@ -27,5 +27,5 @@ LAYOUT = AdapterLayout(
     bars=(r"^lora_transformer_",),
     marks=(r"^lora_(unet|te\d?)_",),
     read=read_named,
-    write=write_named,
+    write=write_with_alpha,
 )

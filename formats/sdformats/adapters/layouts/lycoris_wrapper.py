@@ -1,8 +1,9 @@
 """LyCORIS around a module of diffusers, as SimpleTuner uses it: ``lycoris_transformer_blocks_0_attn_to_q.lokr_w1``."""
 
 from sdformats.adapters.layout import AdapterLayout
+from sdformats.adapters.layouts._shared import write_with_alpha
 from sdformats.adapters.naming import Naming, Prefix
-from sdformats.adapters.reading import EVERYTHING, read_named, write_named
+from sdformats.adapters.reading import EVERYTHING, read_named
 from sdformats.adapters.roles import KOHYA
 
 LAYOUT = AdapterLayout(
@@ -22,5 +23,5 @@ LAYOUT = AdapterLayout(
     ),
     marks=(r"^lycoris_",),
     read=read_named,
-    write=write_named,
+    write=write_with_alpha,
 )
