@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sdformats.adapters.errors import CannotHold
 from sdformats.adapters.layouts import LAYOUTS
 from sdmerge.errors import RequestError
 from sdmerge.lora.convert import Conversion, convert_adapter
 from sdmerge.options import Options
-from tests.formats.adapters.samples import PEFT, WIDTHS, noise, opened, pair, save, save_peft
+from tests.formats.adapters.samples import PEFT, WIDTHS, noise, numbered, opened, pair, save, save_peft
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,6 +137,20 @@ def test_a_mixture_of_dora_and_none_is_refused_where_there_is_one_switch(tmp_pat
 
 def test_numbers_are_for_all_attention_layers(tmp_path: Path) -> None:
     assert "attn1.to_q" in refused(save(tmp_path / "a.safetensors", ANCHOR), "cloneofsimo", tmp_path)
+
+
+@pytest.mark.parametrize("allow_loss", [False, True])
+def test_what_has_no_number_is_refused_with_a_way_out_that_helps(*, allow_loss: bool, tmp_path: Path) -> None:
+    tensors = {
+        f"unet:{n}:{x}": t for n, both in enumerate(numbered()) for x, t in zip(("up", "down"), both, strict=True)
+    }
+    convert(save(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "kohya")
+    with opened(tmp_path / "b.safetensors") as (again, _):
+        assert len(again.modules) == 144
+    more = load_file(tmp_path / "b.safetensors") | pair("lora_unet_down_blocks_0_attentions_0_proj_in")
+    text = refused(save(tmp_path / "c.safetensors", more), "cloneofsimo", tmp_path, allow_loss=allow_loss)
+    assert "down_blocks.0.attentions.0.proj_in" in text
+    assert "--to" in text
 
 
 def test_a_module_without_a_name_is_refused_or_left_out(tmp_path: Path) -> None:

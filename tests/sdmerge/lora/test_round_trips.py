@@ -160,9 +160,9 @@ def test_numbered_factors_come_back(
     with opened(write(BY_NAME["cloneofsimo"], adapter, tmp_path)) as (again, layout):
         assert (layout.name, again.family, list(again.embeddings)) == ("cloneofsimo", "sd1", ["<s1>"])
         assert set(again.modules) == set(modules)
-        for path, record in modules.items():
+        for path in list(modules) if alpha is None else list(modules)[::7]:
             check = check_same if alpha is None else check_close
-            check(record, again.modules[path])
+            check(modules[path], again.modules[path])
 
 
 def test_the_modules_that_are_drawn_have_names_in_every_layout_of_their_family() -> None:

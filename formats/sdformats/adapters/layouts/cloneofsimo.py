@@ -81,7 +81,7 @@ def write(layout: AdapterLayout, adapter: Adapter, fold: Fold) -> Written:
             raise CannotHold(
                 f"has no number in the layout cloneofsimo, nor have {len(extra) - 1:,} more",
                 key=extra[0],
-                advice="--allow-loss leaves them out",
+                advice="choose another with --to",
             )
         for number, path in enumerate(order):
             record = scale_folded(path, adapter.modules[path], fold)
@@ -92,7 +92,7 @@ def write(layout: AdapterLayout, adapter: Adapter, fold: Fold) -> Written:
         metadata[name] = classes
     for word, inner in adapter.embeddings.items():
         if set(inner) != {"*"} or len(inner["*"].shape) != 1:
-            raise CannotHold("has more than one vector", key=word, advice="--allow-loss leaves it out")
+            raise CannotHold("has more than one vector", key=word, advice="choose another with --to")
         bracketed = word if word.startswith("<") else f"<{word}>"
         tensors[bracketed] = inner["*"]
         metadata[bracketed] = _EMBED
