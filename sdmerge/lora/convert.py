@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from sdformats.adapters import open_adapter
+from sdformats.adapters.errors import CannotHold
 from sdformats.adapters.layouts import LAYOUTS
 from sdformats.adapters.names import kernel_of
 from sdformats.adapters.reading import check_holds, needs_of
@@ -174,6 +175,8 @@ def _without_loss(layout: AdapterLayout, adapter: Adapter, notes: Notes) -> Adap
         for word in embeddings:
             notes.add(f"left out, as {layout.name} cannot hold embeddings", word)
         embeddings = {}
+    if not modules and not embeddings:
+        raise CannotHold(f"the layout {layout.name} can hold nothing of it", advice="choose another with --to")
     return replace(adapter, modules=modules, embeddings=embeddings)
 
 

@@ -153,6 +153,12 @@ def test_what_has_no_number_is_refused_with_a_way_out_that_helps(*, allow_loss: 
     assert "--to" in text
 
 
+@pytest.mark.parametrize("to", ["kohya", "peft", "diffusers"])
+def test_nothing_is_written_where_nothing_is_left(to: str, tmp_path: Path) -> None:
+    alone = {name: tensor for name, tensor in of(**HADA).items() if name not in ANCHOR}
+    assert "nothing of it" in refused(save(tmp_path / "a.safetensors", alone), to, tmp_path, allow_loss=True)
+
+
 def test_a_module_without_a_name_is_refused_or_left_out(tmp_path: Path) -> None:
     source = save(tmp_path / "a.safetensors", ANCHOR | pair("lora_unet_down_blocks_0_attentions_0_proj_in"))
     text = refused(source, "diffusers-old", tmp_path)
