@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from sdformats.adapters import names
-from sdformats.adapters.tensors import Ref, Stored, rows
+from sdformats.adapters.tensors import Ref, Stored, joined, rows
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
 from sdmerge.errors import MismatchError
 
@@ -102,7 +102,11 @@ class Places:
         if place.transposed:
             raise MismatchError(f"{self.source.path}: {place.weight!r} is stored transposed")
         stored = Stored(self.source, place.weight)
-        return rows(stored, *place.range_of(stored.shape[0]))
+        found = rows(stored, *place.range_of(stored.shape[0]))
+        if not place.swapped:
+            return found
+        half = found.shape[0] // 2
+        return joined([rows(found, half, 2 * half), rows(found, 0, half)])
 
     def _candidates(self, path: str) -> Iterator[Place]:
         component, _, rest = path.partition(".")
@@ -120,7 +124,14 @@ class Places:
             if found is not None:
                 theirs, index, fusion = found
                 name = prefix + theirs
-                yield Place(f"{name}.weight", f"{name}.bias", index, fusion.shares, swapped=fusion.swapped)
+                yield Place(f"{name}.weight", f"{name}.bias", index, fusion.shares, swapped=self._swapped(name, fusion))
+
+    def _swapped(self, module: str, fusion: names.Fusion) -> bool:
+        """Whether the halves of a module's rows are the other way round in this model."""
+        if not fusion.swapped_alone:
+            return fusion.swapped
+        spec = self.source.specs.get(f"{module}.weight")
+        return spec is not None and len(spec.shape) == 2 and spec.shape[0] == 2 * spec.shape[1]
 
     @cached_property
     def _fused(self) -> Mapping[str, tuple[str, int, names.Fusion]]:

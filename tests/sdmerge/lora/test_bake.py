@@ -333,3 +333,16 @@ def test_strengths_are_told_from_paths(tmp_path: Path) -> None:
     assert parse_strength("l.safetensors:-1e-1")[1] == -0.1
     assert str(parse_strength("c:l.safetensors")[0]) == "c:l.safetensors"
     assert parse_strength("l.safetensors:inf")[1] == 1.0
+
+
+@pytest.mark.parametrize(("rows", "swaps"), [(8, True), (24, False)])
+def test_the_last_context_norm_of_sd3_is_swapped(rows: int, swaps: bool, tmp_path: Path) -> None:
+    name = "model.diffusion_model.joint_blocks.3.context_block.adaLN_modulation.1.weight"
+    weight = torch.randn(rows, 4)
+    module = "transformer.transformer_blocks.3.norm1_context.linear"
+    factors = {f"{module}.lora_A.weight": torch.randn(1, 4), f"{module}.lora_B.weight": torch.randn(rows, 1)}
+    base, adapter = save(tmp_path / "a.safetensors", {name: weight}), save(tmp_path / "l.safetensors", factors)
+    sdmerge.bake(base, [adapter], output=tmp_path / "out.safetensors", family="sd3")
+    change = load_file(tmp_path / "out.safetensors")[name] - weight
+    expected = factors[f"{module}.lora_B.weight"] @ factors[f"{module}.lora_A.weight"]
+    assert torch.allclose(change, expected.roll(rows // 2, 0) if swaps else expected, rtol=1e-5, atol=1e-6)
