@@ -49,6 +49,10 @@ class InTiles(Protocol):
     index: int
     """Which of the step's reads is added to."""
 
+    @property
+    def light(self) -> bool:
+        """Whether nothing of that tensor's size is made beside it."""
+
     def prepare(self, tensors: Sequence[Tensor]) -> AddTile:
         """Return what adds to a tile, given the step's reads as stored."""
 

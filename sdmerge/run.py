@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
     Output = tuple[Plan, TensorSink]
 
+_LEAST_ROOM = 256 << 20
+"""Bytes that whole tensors may take together where the largest one takes less."""
+
 
 @dataclass
 class Findings:
@@ -90,7 +93,8 @@ class Job:
         self.device = pick_device(options, [plan for plan, _ in outputs])
         self.findings = Findings()
         self.groups = _groups(outputs)
-        self.room = _Room(max((group[0].step.memory for group in self.groups if group[0].step.whole), default=0))
+        largest = max((group[0].step.memory for group in self.groups if group[0].step.whole), default=0)
+        self.room = _Room(max(largest, _LEAST_ROOM))
         self.pool = worker.Pool()
         self._lock = threading.Lock()
 

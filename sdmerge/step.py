@@ -64,8 +64,11 @@ class Step:
 
     @property
     def memory(self) -> int:
-        """Bytes that computing it as a whole takes, roughly: the tensors as stored, and two of them in float32."""
-        return self.cost + 8 * self.spec.numel
+        """Bytes that computing it as a whole takes, roughly: the tensors as stored, and two of them in float32.
+
+        What works in tiles and makes nothing of the tensor's size takes only the first.
+        """
+        return self.cost + (0 if getattr(self.compute, "light", False) else 8 * self.spec.numel)
 
 
 @dataclass(frozen=True)

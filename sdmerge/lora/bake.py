@@ -193,6 +193,11 @@ class Baked:
     elementwise = False
     propagates = True
 
+    @property
+    def light(self) -> bool:
+        """See `sdmerge.expression.InTiles`."""
+        return all(one.thin or _in_rows(one) for one in self.added)
+
     def __call__(self, tensors: Sequence[Tensor], _start: int) -> Tensor:
         """Compute the whole tensor."""
         weight = tensors[self.index]
