@@ -79,6 +79,7 @@ class _Team(Generic[*Block]):
     def work(self) -> None:
         """Take blocks until there are none, or until someone fails."""
         try:
+            torch.set_num_threads(1)  # the number that MKL goes by is each thread's own
             with torch.inference_mode():
                 do = self._make_worker()
                 while not self.stop.is_set():
