@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _SAMPLE = 4096
 _SAMPLES = 16
 _HEAD = 64 << 10
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
     "sd2": "stable-diffusion-v2-512",
     "sdxl": "stable-diffusion-xl-v1-base",
@@ -168,9 +168,9 @@ def _modelspec(plan: Plan, inputs: Sequence[Mapping[str, Any]], output: Path) ->
         "modelspec.title": output.stem,
         "modelspec.merged_from": ", ".join(_title(s, e) for s, e in zip(plan.sources, inputs, strict=True)),
     }
-    if plan.family in _ARCHITECTURES:
+    if plan.family in ARCHITECTURES:
         suffix = "" if plan.variant in (None, "base") else f"-{plan.variant}"
-        found["modelspec.architecture"] = _ARCHITECTURES[plan.family] + suffix
+        found["modelspec.architecture"] = ARCHITECTURES[plan.family] + suffix
         found["modelspec.resolution"] = f"{_RESOLUTIONS[plan.family]}x{_RESOLUTIONS[plan.family]}"
     if "v_pred" in plan.specs:
         found["modelspec.prediction_type"] = "v"

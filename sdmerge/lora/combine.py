@@ -24,7 +24,7 @@ from sdmerge.execute import no_collection
 from sdmerge.lora import terms as sums
 from sdmerge.lora.algebra import record_type
 from sdmerge.lora.budget import Limit
-from sdmerge.lora.convert import layout_named, mapped, metadata_of, plan_of, write_adapter
+from sdmerge.lora.convert import layout_for, mapped, metadata_of, plan_of, write_adapter
 from sdmerge.lora.factors import Spectrum, WholeSpectrum, spectrum_of
 from sdmerge.lora.refs import fold
 from sdmerge.lora.shrink import Piece, Shrunk, shrink
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 How = Literal["sum", "svd", "ties", "dare"]
 _DENSE = {"ties": "ties", "dare": "dare_linear"}
 """The merge methods that need whole differences."""
-_BY_FAMILY = {"sdxl": "kohya-sgm", "sdxl-refiner": "kohya-sgm", "flux": "flux-kohya", "sd3": "sd3-kohya"}
 _OF_THE_MODEL = (
     *("ss_base_model_version", "ss_v2", "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_clip_skip"),
     *("modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.resolution"),
@@ -141,11 +140,9 @@ def _family(adapters: Sequence[Adapter], wanted: Combination, options: Options) 
 
 
 def _layout(first: AdapterLayout, family: str | None, name: str | None) -> AdapterLayout:
-    if name is not None:
-        return layout_named(name)
-    if first.write is not None:
+    if name is None and first.write is not None:
         return first
-    return layout_named(_BY_FAMILY.get(family or "", "kohya"))
+    return layout_for(family, name)
 
 
 class _Work:

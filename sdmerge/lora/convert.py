@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sdmerge.options import Options
 
 Form = Literal["lora", "full"]
+_BY_FAMILY = {"sdxl": "kohya-sgm", "sdxl-refiner": "kohya-sgm", "flux": "flux-kohya", "sd3": "sd3-kohya"}
 _OF_OLD_BYTES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
@@ -68,6 +69,15 @@ def layout_named(name: str) -> AdapterLayout:
     if name not in known:
         raise RequestError(f"{name!r} is no layout (`sdmerge layouts` lists them){nearest(name, known)}")
     return known[name]
+
+
+def layout_for(family: str | None, name: str | None) -> AdapterLayout:
+    """Return the layout that is asked for, or sd-scripts' for the family.
+
+    Raises:
+        RequestError: there is none of that name.
+    """
+    return layout_named(name or _BY_FAMILY.get(family or "", "kohya"))
 
 
 def convert_adapter(source: Path, target: Path, conversion: Conversion, options: Options) -> Report:

@@ -26,7 +26,7 @@ from sdkernels import philox, subspace
 from sdmerge.errors import FamilyError, RequestError
 from sdmerge.execute import no_collection, shown
 from sdmerge.lora import budget
-from sdmerge.lora.convert import layout_named, metadata_of, plan_of, write_adapter
+from sdmerge.lora.convert import layout_for, metadata_of, plan_of, write_adapter
 from sdmerge.lora.held import Held
 from sdmerge.lora.layers import Layer, bias_of, is_noise, layers_of
 from sdmerge.lora.places import Places
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from sdmerge.lora.budget import Limit
     from sdmerge.options import Options
 
-_BY_FAMILY = {"sdxl": "kohya-sgm", "sdxl-refiner": "kohya-sgm", "flux": "flux-kohya", "sd3": "sd3-kohya"}
 _START = 32
 """Vectors that the search starts with beyond the rank."""
 
@@ -368,7 +367,7 @@ def extract(wanted: Extraction, options: Options) -> list[Report]:
                 f"{wanted.tuned.name} is {tuned.family or 'of no known family'}, {wanted.base.name} {base.family or 'neither'} "
                 "(expected two models of one family; --family says which)"
             )
-        layout = layout_named(wanted.to or _BY_FAMILY.get(tuned.family, "kohya"))
+        layout = layout_for(tuned.family, wanted.to)
         work = _Work(wanted, options, tuned, base, layout)
         made = work.run()
         told = work.described(made[0][1])

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sdmerge.provenance import ARCHITECTURES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _MODULES = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}
 _VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1", "sd3": "sd3"}
-_ARCHITECTURES = {
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2-512",
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "sd3": "stable-diffusion-3-medium",
-    "flux": "flux-1-dev",
-}
 
 
 def adapter_texts(family: str | None, ranks: Iterable[int]) -> dict[str, str]:
@@ -34,6 +29,6 @@ def adapter_texts(family: str | None, ranks: Iterable[int]) -> dict[str, str]:
     }
     if family in _VERSIONS:
         texts |= {"ss_base_model_version": _VERSIONS[family], "ss_v2": str(family == "sd2")}
-    if family in _ARCHITECTURES:
-        texts["modelspec.architecture"] = f"{_ARCHITECTURES[family]}/lora"
+    if family in ARCHITECTURES:
+        texts["modelspec.architecture"] = f"{ARCHITECTURES[family]}/lora"
     return texts
