@@ -24,16 +24,15 @@ from sdformats.safetensors import layout as laid_out
 from sdformats.tensor import DType, Spec
 from sdkernels import philox, subspace
 from sdmerge.errors import FamilyError, RequestError
-from sdmerge.execute import no_collection, shown
-from sdmerge.lora import budget
+from sdmerge.execute import no_collection
 from sdmerge.lora.convert import layout_for, metadata_of, plan_of, write_adapter
 from sdmerge.lora.held import Held
 from sdmerge.lora.layers import Layer, bias_of, is_noise, layers_of
 from sdmerge.lora.places import Places
 from sdmerge.lora.refs import fold
+from sdmerge.lora.shrink import Form, each, fitting
 from sdmerge.lora.texts import adapter_texts
 from sdmerge.policy import Notes
-from sdmerge.team import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -139,17 +138,10 @@ class _Work:
         return [(self._adapter(matrices, one, sides), one) for one in ranks]
 
     def _each(self, layers: Mapping[str, Layer], label: str, work: Callable[[Layer], None]) -> None:
-        def do(path: str) -> int:
-            work(layers[path])
-            return layers[path].tuned.spec.nbytes + layers[path].base.spec.nbytes
-
-        total = sum(layer.tuned.spec.nbytes + layer.base.spec.nbytes for layer in layers.values())
         # The largest layers first: the last ones to end are small, and no thread waits long for another.
         order = sorted(layers, key=lambda path: (-layers[path].tuned.spec.numel, path))
-        with shown(self.options, label, total) as advance:
-            in_threads(
-                ((path,) for path in order), lambda: do, threads=self.options.threads, name="sdmerge", progress=advance
-            )
+        costs = {path: layers[path].tuned.spec.nbytes + layers[path].base.spec.nbytes for path in order}
+        each(costs, lambda path: work(layers[path]), self.options, label)
 
     def _changed(self, layer: Layer) -> torch.Tensor | None:
         """Return a layer's change as a matrix; None, noted, where it is none."""
@@ -182,19 +174,14 @@ class _Work:
         sides: Mapping[str, Record],
     ) -> dict[str, int]:
         if limit.rank is not None:
-            return {path: min(self._rank(layer, limit.rank), *_size(layer)) for path, layer in layers.items()}
+            return {
+                path: min(self._rank(layer, limit.rank), layer.shape[0], layer.columns)
+                for path, layer in layers.items()
+            }
         if limit.size is None:
             return limit.ranks(spectra)
-        sizes = {path: _size(layers[path]) for path in spectra}
-        room = limit.size
-        while room > 0:
-            ranks = budget.by_bytes(spectra, sizes, self.dtype.bits // 8, room)
-            empty = {path: _filler(layers[path], rank, self.dtype) for path, rank in ranks.items() if rank}
-            over = self._bytes(Adapter(empty | dict(sides), family=self.tuned.family), ranks) - limit.size
-            if over <= 0 and empty:
-                return ranks
-            room -= max(over, 1)
-        raise RequestError(f"size is {limit.size:,} bytes, in which no layer has a place (give a larger one)")
+        forms = {path: _form(layers[path], self.dtype) for path in spectra}
+        return fitting(spectra, forms, limit.size, lambda loras: self._bytes(loras, sides))
 
     def _rank(self, layer: Layer, rank: int) -> int:
         wide = len(layer.shape) == 4 and layer.shape[2:] != (1, 1)
@@ -266,7 +253,7 @@ class _Work:
         for path, found in self.found.items():
             if rank := min(ranks.get(path, 0), found.squares.numel()):
                 side = sides.get(path)
-                record = _lora(layers[path], found.up[:, :rank], found.down[:rank], self.dtype)
+                record = _form(layers[path], self.dtype).lora(rank, found.up[:, :rank], found.down[:rank])
                 modules[path] = record if side is None else replace(record, bias=side.bias)
         modules |= {path: record for path, record in sides.items() if path not in modules}
         if not modules:
@@ -283,8 +270,9 @@ class _Work:
         assert self.layout.write is not None, "check_holds refuses layouts that are only read"
         return self.layout.write(self.layout, adapter, fold)
 
-    def _bytes(self, adapter: Adapter, ranks: Mapping[str, int]) -> int:
-        made = self.written(replace(adapter, metadata=self._metadata(ranks)))
+    def _bytes(self, loras: Mapping[str, LoRA], sides: Mapping[str, Record]) -> int:
+        ranks = {path: lora.rank for path, lora in loras.items()}
+        made = self.written(Adapter({**loras, **sides}, metadata=self._metadata(ranks), family=self.tuned.family))
         specs = {name: ref.spec for name, ref in made.tensors.items()}
         header, _ = laid_out(specs, metadata_of(made.metadata))
         return len(header) + sum(spec.nbytes for spec in specs.values())
@@ -312,23 +300,8 @@ class _Work:
         }
 
 
-def _size(layer: Layer) -> tuple[int, int]:
-    return layer.shape[0], layer.columns
-
-
-def _lora(layer: Layer, up: torch.Tensor, down: torch.Tensor, dtype: DType) -> LoRA:
-    rank, ones = down.shape[0], (1,) * (len(layer.shape) - 2)
-    return LoRA(
-        up=Held(up, Spec((layer.shape[0], rank, *ones), dtype)),
-        down=Held(down, Spec((rank, *layer.shape[1:]), dtype)),
-        alpha=float(rank),
-    )
-
-
-def _filler(layer: Layer, rank: int, dtype: DType) -> LoRA:
-    """Return a record of the right shapes that takes no memory."""
-    nothing = torch.zeros(())
-    return _lora(layer, nothing.expand(layer.shape[0], rank), nothing.expand(rank, layer.columns), dtype)
+def _form(layer: Layer, dtype: DType) -> Form:
+    return Form(rows=layer.shape[0], inner=layer.shape[1:], dtype=dtype)
 
 
 def _start(path: str, side: int, rank: int) -> torch.Tensor:

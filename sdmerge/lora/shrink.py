@@ -28,27 +28,28 @@ if TYPE_CHECKING:
     SizeOf = Callable[[Mapping[str, LoRA]], int]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A module to be approximated.
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What a module's LoRA is like, whatever its numbers.
 
     Attributes:
-        load: reads and decomposes it.
         rows: m.
         inner: the shape of a row: (in,), or (in, kh, kw).
         dtype: of the factors in the output.
-        before: its rank.
         bias: stays.
         reshape: stays.
     """
 
-    load: Callable[[], Spectrum]
     rows: int
     inner: tuple[int, ...]
     dtype: DType
-    before: int
     bias: Ref | None = None
     reshape: tuple[int, ...] | None = None
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.rows, math.prod(self.inner)
 
     def lora(self, rank: int, up: torch.Tensor, down: torch.Tensor) -> LoRA:
         """Return the record of factors in memory."""
@@ -60,6 +61,24 @@ class Piece:
             bias=self.bias,
             reshape=self.reshape,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece(Form):
+    """A module to be approximated.
+
+    Attributes:
+        load: reads and decomposes it.
+        before: its rank.
+    """
+
+    load: Callable[[], Spectrum]
+    before: int
+
+    @property
+    def cost(self) -> int:
+        """Bytes of its factors."""
+        return self.before * sum(self.sides) * self.dtype.bits // 8
 
 
 @dataclass(frozen=True)
@@ -100,7 +119,7 @@ def shrink(
     if limit.size is not None:
         spectra: dict[str, torch.Tensor] = {}
         _each(pieces, lambda path, piece: spectra.update({path: piece.load().sigma}), options, "looking")
-        ranks = _fitting({path: spectra[path] for path in pieces}, pieces, limit.size, size_of)
+        ranks = fitting({path: spectra[path] for path in pieces}, pieces, limit.size, size_of)
     found: dict[str, Shrunk] = {}
 
     def one(path: str, piece: Piece) -> None:
@@ -128,44 +147,53 @@ def _nothing(piece: Piece, sigma: torch.Tensor) -> Shrunk:
 
 
 def _each(pieces: Mapping[str, Piece], work: Callable[[str, Piece], None], options: Options, label: str) -> None:
-    """Do something with every piece, on several threads."""
+    costs = {path: piece.cost for path, piece in pieces.items()}
+    each(costs, lambda path: work(path, pieces[path]), options, label)
+
+
+def each(costs: Mapping[str, int], work: Callable[[str], None], options: Options, label: str) -> None:
+    """Do something with every module, in this order, on several threads.
+
+    Args:
+        costs: the bytes that progress counts for each.
+        work: called with a module's path.
+    """
 
     def do(path: str) -> int:
-        piece = pieces[path]
-        work(path, piece)
-        return _cost(piece)
+        work(path)
+        return costs[path]
 
-    with shown(options, label, sum(_cost(piece) for piece in pieces.values())) as advance:
-        names = ((path,) for path in pieces)
+    with shown(options, label, sum(costs.values())) as advance:
+        names = ((path,) for path in costs)
         in_threads(names, lambda: do, threads=options.threads, name="sdmerge", progress=advance)
 
 
-def _cost(piece: Piece) -> int:
-    return piece.before * (piece.rows + math.prod(piece.inner)) * piece.dtype.bits // 8
-
-
-def _fitting(
-    spectra: Mapping[str, torch.Tensor], pieces: Mapping[str, Piece], size: int, size_of: SizeOf
+def fitting(
+    spectra: Mapping[str, torch.Tensor], forms: Mapping[str, Form], size: int, size_of: SizeOf
 ) -> dict[str, int]:
-    """Return ranks whose whole file is no larger than `size`: names and what is fused take their part of it."""
-    shapes = {path: (piece.rows, math.prod(piece.inner)) for path, piece in pieces.items()}
-    widths = {path: piece.dtype.bits // 8 for path, piece in pieces.items()}
+    """Return ranks whose whole file is no larger than `size`: names and what is fused take their part of it.
+
+    Raises:
+        RequestError: the size is too small for anything.
+    """
+    shapes = {path: forms[path].sides for path in spectra}
+    widths = {path: forms[path].dtype.bits // 8 for path in spectra}
     room = size
     while room > 0:
         ranks = budget.by_bytes(spectra, shapes, widths, room)
-        over = size_of(_placeholders(pieces, ranks)) - size
+        over = size_of(_placeholders(forms, ranks)) - size
         if over <= 0 and any(ranks.values()):
             return ranks
         room -= max(over, 1)
     raise RequestError(f"size is {size:,} bytes, in which no module has a place (give a larger one)")
 
 
-def _placeholders(pieces: Mapping[str, Piece], ranks: Mapping[str, int]) -> dict[str, LoRA]:
+def _placeholders(forms: Mapping[str, Form], ranks: Mapping[str, int]) -> dict[str, LoRA]:
     """Return records of the right shapes that take no memory, no two of them equal where they may be fused."""
     found = {}
     for i, (path, rank) in enumerate(ranks.items()):
         if rank:
-            piece = pieces[path]
+            rows, columns = forms[path].sides
             filler = torch.tensor(float(i % 199 + 1))
-            found[path] = piece.lora(rank, filler.expand(piece.rows, rank), filler.expand(rank, math.prod(piece.inner)))
+            found[path] = forms[path].lora(rank, filler.expand(rows, rank), filler.expand(rank, columns))
     return found
