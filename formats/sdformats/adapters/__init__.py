@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdformats.adapters.layout import AdapterFile, detect_adapter
 from sdformats.errors import CorruptFile, FormatError
+from sdformats.folder import PEFT_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from sdformats.adapters.layout import AdapterLayout
     from sdformats.tensor import TensorSource
 
-CONFIG = "adapter_config.json"
 _LARGEST_CONFIG = 1 << 20
 
 
@@ -52,10 +52,12 @@ def _configs(source: TensorSource, given: Path | None) -> Mapping[str, Mapping[s
     if not any("base_model.model." in name for name in source.specs):
         return {}
     folder = source.path if source.path.is_dir() else source.path.parent
-    if (folder / CONFIG).is_file():
-        return {"": _load(folder / CONFIG)}
+    if (folder / PEFT_CONFIG).is_file():
+        return {"": _load(folder / PEFT_CONFIG)}
     prefixes = {name.partition(".base_model.")[0] for name in source.specs}
-    return {name: _load(folder / name / CONFIG) for name in sorted(prefixes) if (folder / name / CONFIG).is_file()}
+    return {
+        name: _load(folder / name / PEFT_CONFIG) for name in sorted(prefixes) if (folder / name / PEFT_CONFIG).is_file()
+    }
 
 
 def _load(path: Path) -> Mapping[str, Any]:

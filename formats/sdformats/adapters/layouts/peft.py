@@ -20,6 +20,7 @@ from sdformats.adapters.reading import named, read_named
 from sdformats.adapters.records import InputOFT, LoRA
 from sdformats.adapters.roles import KOHYA, LENGTHS, PEFT
 from sdformats.errors import CorruptFile
+from sdformats.folder import PEFT_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from sdformats.adapters.record import Record
     from sdformats.adapters.tensors import Ref
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 BASE = "base_model.model."
 FOLDERS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
 _CLASSES = {"unet": ("UNet2DConditionModel", "diffusers"), "te1": ("CLIPTextModel", "transformers")}
@@ -84,15 +85,15 @@ def read(layout: AdapterLayout, file: AdapterFile) -> Adapter:
     if adapter.family is None or adapter.family.startswith("sd"):
         adapter = replace(adapter, modules=_second_encoder(adapter))
     if not file.configs:
-        note = f"there is no {CONFIG}, which holds the scale: give it with --adapter-config"
+        note = f"there is no {PEFT_CONFIG}, which holds the scale: give it with --adapter-config"
         return replace(adapter, scaled=False, notes=(*adapter.notes, note))
     modules: dict[str, Record] = {}
     for path, record in adapter.modules.items():
         component, _, module = path.partition(".")
         config = file.configs.get(FOLDERS[component], file.configs.get(""))
         if config is None:
-            return replace(adapter, scaled=False, notes=(*adapter.notes, f"{FOLDERS[component]} has no {CONFIG}"))
-        where = str(file.source.path.with_name(CONFIG))
+            return replace(adapter, scaled=False, notes=(*adapter.notes, f"{FOLDERS[component]} has no {PEFT_CONFIG}"))
+        where = str(file.source.path.with_name(PEFT_CONFIG))
         modules[path] = scaled(_rotation(record, config, where), module, config, where)
     return replace(adapter, modules=modules)
 
@@ -144,7 +145,7 @@ def write(layout: AdapterLayout, adapter: Adapter, fold: Fold) -> Written:
             for name, ref in named(layout, BASE + module, plain).items():
                 tensors[f"{folder}{WEIGHTS}/{name}"] = ref
             records[module] = record
-        texts[folder + CONFIG] = json.dumps(_config(component, adapter.family, records), indent=2, sort_keys=True)
+        texts[folder + PEFT_CONFIG] = json.dumps(_config(component, adapter.family, records), indent=2, sort_keys=True)
     return Written(tensors, dict(adapter.metadata), texts)
 
 
