@@ -10,6 +10,9 @@ from sdformats.folder_sink import FolderSink
 from sdformats.pickle import looks_like_pickle, open_pickle
 from sdformats.positional import InputFile
 from sdformats.safetensors import SafetensorsSink, SafetensorsSource, looks_like_safetensors
+from sdformats.torch_pickle import flat
+from sdformats.torch_sink import SUFFIXES as TORCH_SUFFIXES
+from sdformats.torch_sink import TorchZipSink
 from sdformats.torchzip import looks_like_zip
 
 if TYPE_CHECKING:
@@ -63,14 +66,23 @@ def open_source(path: Path) -> TensorSource:
 def create_sink(
     path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], *, like: TensorSource, overwrite: bool = False
 ) -> TensorSink:
-    """Begin an output: a diffusers folder where `like` is one, else one safetensors file.
+    """Begin an output: a diffusers folder where `like` is one, else one file, of the container that its name asks for.
+
+    ``.ckpt`` and ``.pt`` become torch's zip file, in the form of a training checkpoint: the tensors under ``state_dict``,
+    the metadata beside it (but a lone tensor without a name stays alone). ``.bin`` and ``.pth`` become the bare dict of
+    tensors that their readers expect, which has no place for metadata. Every other name becomes safetensors.
 
     Raises:
         OutputExists, WriteError: before anything is created.
     """
     if isinstance(like, FolderSource):
         return FolderSink(path, specs, metadata, like.path, overwrite=overwrite)
-    return SafetensorsSink(path, specs, metadata, overwrite=overwrite)
+    suffix = path.suffix.lower()
+    if suffix not in TORCH_SUFFIXES:
+        return SafetensorsSink(path, specs, metadata, overwrite=overwrite)
+    trainer = suffix in (".ckpt", ".pt") and "" not in specs
+    tree = {**metadata, "state_dict": flat(specs)} if trainer else None
+    return TorchZipSink(path, specs, tree, overwrite=overwrite)
 
 
 def _open_file(path: Path, parse: Callable[[InputFile], TensorSource]) -> TensorSource:

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from sdformats.positional import InputFile
 
 STORED, DEFLATED = 0, 8
-_ENTRY = struct.Struct("<4s6H3I5H2I")
-_LOCAL = struct.Struct("<4s5H3I2H")
-_END = struct.Struct("<4s4H2IH")
-_END64 = struct.Struct("<4sQ2H2I4Q")
-_LOCATOR = struct.Struct("<4sIQI")
+ENTRY = struct.Struct("<4s6H3I5H2I")
+LOCAL = struct.Struct("<4s5H3I2H")
+END = struct.Struct("<4s4H2IH")
+END64 = struct.Struct("<4sQ2H2I4Q")
+LOCATOR = struct.Struct("<4sIQI")
 _DIRECTORY = 0x10
-_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
+FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED, _DESCRIPTOR, _UTF8 = 1, 8, 0x800
 _MAX_DIRECTORY, _MAX_MEMBERS, _LONGEST_NAME = 64 << 20, 100_000, 1024
 _DEFLATE_RATIO = 1032
@@ -91,10 +91,10 @@ def _unsafe(file: InputFile, problem: str, expected: str, key: str | None = None
 
 def _find_directory(file: InputFile) -> tuple[int, int, int]:
     """Return the directory's offset, length and number of entries."""
-    reach = min(file.size, _END.size + _FULL16)
+    reach = min(file.size, END.size + FULL16)
     tail = file.read(file.size - reach, reach)
     at = tail.rfind(b"PK\x05\x06")
-    while at >= 0 and (at + _END.size > reach or at + _END.size + _END.unpack_from(tail, at)[7] != reach):
+    while at >= 0 and (at + END.size > reach or at + END.size + END.unpack_from(tail, at)[7] != reach):
         at = tail.rfind(b"PK\x05\x06", 0, at)
     if at < 0:
         raise CorruptFile(
@@ -103,16 +103,16 @@ def _find_directory(file: InputFile) -> tuple[int, int, int]:
             advice="the file was cut short: download or copy it again",
         )
     end = file.size - reach + at
-    _, disk, first_disk, here, count, size, begin, _ = _END.unpack_from(tail, at)
-    if disk not in (0, _FULL16) or first_disk not in (0, _FULL16) or here != count:
+    _, disk, first_disk, here, count, size, begin, _ = END.unpack_from(tail, at)
+    if disk not in (0, FULL16) or first_disk not in (0, FULL16) or here != count:
         raise UnsupportedFile("is one part of a zip file in several parts", path=file.path)
     wide = _find_zip64(file, end)
     if wide is not None:
-        narrow = zip((count, size, begin), wide[1:], (_FULL16, _FULL32, _FULL32), strict=True)
+        narrow = zip((count, size, begin), wide[1:], (FULL16, FULL32, FULL32), strict=True)
         if any(short not in (long, full) for short, long, full in narrow):
             raise _corrupt(file, "has two zip directories that disagree")
         end, count, size, begin = wide
-    elif _FULL32 in (size, begin):
+    elif FULL32 in (size, begin):
         raise _corrupt(file, "has no zip64 directory", "one, as the file is over 4 GB")
     if begin + size != end:
         raise _corrupt(file, f"has a zip directory at {begin:,} + {size:,} bytes", f"its end at {end:,}")
@@ -123,15 +123,15 @@ def _find_directory(file: InputFile) -> tuple[int, int, int]:
 
 def _find_zip64(file: InputFile, end: int) -> tuple[int, int, int, int] | None:
     """Return offset of the zip64 end record, and what it says: entries, length and offset of the directory."""
-    if end < _LOCATOR.size:
+    if end < LOCATOR.size:
         return None
-    at = end - _LOCATOR.size
-    mark, disk, record, disks = _LOCATOR.unpack(file.read(at, _LOCATOR.size))
+    at = end - LOCATOR.size
+    mark, disk, record, disks = LOCATOR.unpack(file.read(at, LOCATOR.size))
     if mark != b"PK\x06\x07":
         return None
-    if disk != 0 or disks > 1 or record + _END64.size > at:
+    if disk != 0 or disks > 1 or record + END64.size > at:
         raise _corrupt(file, "has a broken zip64 locator")
-    mark, length, _, _, disk, first_disk, here, count, size, begin = _END64.unpack(file.read(record, _END64.size))
+    mark, length, _, _, disk, first_disk, here, count, size, begin = END64.unpack(file.read(record, END64.size))
     if mark != b"PK\x06\x06" or record + 12 + length != at or disk or first_disk or here != count:
         raise _corrupt(file, "has a broken zip64 directory")
     return record, count, size, begin
@@ -141,13 +141,13 @@ def _entries(file: InputFile, raw: bytes, count: int) -> list[_Entry]:
     entries: list[_Entry] = []
     at = 0
     while at < len(raw):
-        if at + _ENTRY.size > len(raw) or raw[at : at + 4] != b"PK\x01\x02":
+        if at + ENTRY.size > len(raw) or raw[at : at + 4] != b"PK\x01\x02":
             raise _corrupt(file, f"has a broken zip directory at entry {len(entries)}")
-        fields = _ENTRY.unpack_from(raw, at)
+        fields = ENTRY.unpack_from(raw, at)
         flags, method, crc, packed, size = fields[3], fields[4], fields[7], fields[8], fields[9]
-        name_end = at + _ENTRY.size + fields[10]
+        name_end = at + ENTRY.size + fields[10]
         extra_end = name_end + fields[11]
-        name = raw[at + _ENTRY.size : name_end]
+        name = raw[at + ENTRY.size : name_end]
         at = extra_end + fields[12]
         if at > len(raw):
             raise _corrupt(file, f"has a broken zip directory at entry {len(entries)}")
@@ -165,17 +165,17 @@ def _entries(file: InputFile, raw: bytes, count: int) -> list[_Entry]:
 
 def _wide(file: InputFile, extra: bytes, values: tuple[int, ...]) -> tuple[int, ...]:
     """Replace the values that do not fit in 32 bits by those of the zip64 field, where they stand in the same order."""
-    if _FULL32 not in values:
+    if FULL32 not in values:
         return values
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)
         if kind == 1:
-            missing = values.count(_FULL32)
+            missing = values.count(FULL32)
             if length < 8 * missing or at + 4 + length > len(extra):
                 break
             wide = iter(struct.unpack_from(f"<{missing}Q", extra, at + 4))
-            return tuple(next(wide) if value == _FULL32 else value for value in values)
+            return tuple(next(wide) if value == FULL32 else value for value in values)
         at += 4 + length
     raise _corrupt(file, "lacks the zip64 sizes of a member")
 
@@ -207,21 +207,21 @@ def _member(file: InputFile, entry: _Entry, limit: int) -> Member:
     if entry.method not in (STORED, DEFLATED):
         raise UnsupportedFile(f"is packed by zip method {entry.method}", path=file.path, key=name,
                               expected="stored or deflated", advice="unpack it and zip it again")  # fmt: skip
-    length = _LOCAL.size + len(entry.raw_name)
+    length = LOCAL.size + len(entry.raw_name)
     if entry.header + length > limit:
         raise _corrupt(file, "lies outside the file", key=name)
     raw = file.read(entry.header, length)
-    mark, _, flags, method, _, _, crc, packed, size, name_length, extra_length = _LOCAL.unpack_from(raw)
+    mark, _, flags, method, _, _, crc, packed, size, name_length, extra_length = LOCAL.unpack_from(raw)
     if mark != b"PK\x03\x04":
         raise _corrupt(file, f"has no header at byte {entry.header:,}", key=name)
-    if name_length != len(entry.raw_name) or raw[_LOCAL.size :] != entry.raw_name:
+    if name_length != len(entry.raw_name) or raw[LOCAL.size :] != entry.raw_name:
         raise _unsafe(file, "has another name in its own header", "the same name in both", key=name)
     if method != entry.method or (flags ^ entry.flags) & (_ENCRYPTED | _DESCRIPTOR):
         raise _unsafe(file, "has another method in its own header", "the same in both", key=name)
     data = entry.header + length + extra_length
     if data + entry.packed > limit:
         raise _corrupt(file, f"is {entry.packed:,} bytes long and lies outside the file", key=name)
-    if _FULL32 in (packed, size):
+    if FULL32 in (packed, size):
         size, packed = _wide(file, file.read(data - extra_length, extra_length), (size, packed))
     deferred = entry.flags & _DESCRIPTOR and crc == packed == size == 0
     if not deferred and (crc, packed, size) != (entry.crc, entry.packed, entry.size):

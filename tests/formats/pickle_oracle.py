@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdformats.pickle import PickleSource, open_pickle
-from sdformats.tensor import DType
+from sdformats.tensor import DType, Spec
+from sdformats.torch_sink import TorchZipSink
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+    from sdformats.torch_pickle import Tree
 
 TYPES = {
     torch.bool: DType.BOOL,
@@ -45,6 +49,20 @@ def save(value: Any, path: Path, **options: Any) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.save(value, path, **options)
+    return path
+
+
+def specs_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Spec]:
+    return {name: Spec(tuple(tensor.shape), TYPES[tensor.dtype]) for name, tensor in tensors.items()}
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor], tree: Tree = None, *, block: int = 1 << 20) -> Path:
+    """Write by our own sink, in blocks."""
+    with TorchZipSink(path, specs_of(tensors), tree, overwrite=True) as sink:
+        for name, tensor in tensors.items():
+            data = raw(tensor)
+            for at in range(0, len(data), block):
+                sink.write(name, at, memoryview(data)[at : at + block])
     return path
 
 
