@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sdmerge.blocks import Weights
-    from sdmerge.lora.convert import Form
+    from sdmerge.options import Form
 
     PathLike = str | os.PathLike[str]
 

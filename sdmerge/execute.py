@@ -99,6 +99,7 @@ def copy(source: Path, target: Path, options: Options) -> Report:
     with ExitStack() as stack:
         with no_collection():
             opened, seen = open_model(stack, source, options)
+            check_decided(seen, source)
             plan = plan_copy(opened, seen, options)
         _check_output(target, plan, options)
         if options.dry_run:
@@ -141,7 +142,18 @@ def no_collection() -> Iterator[None]:
 def open_model(stack: ExitStack, path: Path, options: Options) -> Opened:
     """Open a model for as long as `stack` lives, and see what it is."""
     source = stack.enter_context(open_source(path))
-    return source, detect(source.specs, family=options.family)
+    seen = detect(source.specs, metadata=source.metadata, family=options.family, kind=options.kind)
+    return source, seen
+
+
+def check_decided(seen: Detection, path: Path) -> None:
+    """Refuse a file that could be several things.
+
+    Raises:
+        RequestError: it could.
+    """
+    if len(seen.readings) > 1:
+        raise RequestError(f"{path}: {seen.warnings[0]}")
 
 
 def open_adapter_of(stack: ExitStack, path: Path) -> tuple[TensorSource, Adapter]:

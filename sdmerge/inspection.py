@@ -19,26 +19,31 @@ if TYPE_CHECKING:
     from sdformats.tensor import TensorSource
 
 
-def inspect_path(path: str | os.PathLike[str], *, family: str | None = None, tensors: bool = False) -> dict[str, Any]:
+def inspect_path(
+    path: str | os.PathLike[str], *, family: str | None = None, kind: str | None = None, tensors: bool = False
+) -> dict[str, Any]:
     """Say what a model file is and holds. Reads headers only, however large the file.
 
     Args:
         path: a file or folder.
         family: overrides what the structure tells.
+        kind: what it is, where it could be several things.
         tensors: list every tensor too.
 
     Returns:
         ``path, container, kind, family, variant, layout, components, tensors, parameters, dtypes, bytes, metadata,
         warnings``, ready for JSON; ``components`` and ``dtypes`` are objects with parameters or tensors in each; with
-        `tensors` also ``list``, of objects with ``name, dtype, shape``. Of an adapter also ``algorithms``, ``ranks`` and
-        ``alphas`` (objects with ``min, median, max``; alpha is rank where there is none; null where the scale is not known),
+        `tensors` also ``list``, of objects with ``name, dtype, shape``. Of what is no model of its own also ``title``, its kind
+        in words, and ``readings``, the kinds that it could be: more than one where ``kind`` is ``ambiguous``. Of an adapter
+        also ``algorithms``, ``ranks`` and ``alphas`` (objects with ``min, median, max``; alpha is rank where there is none; null
+        where the scale is not known),
         ``modules`` (how many), ``blocks`` (modules in each), ``embeddings``.
 
     Raises:
         FormatError: the file is no model, broken or unsafe.
     """
     with open_source(Path(path)) as source:
-        seen = detect(source.specs, family=family)
+        seen = detect(source.specs, metadata=source.metadata, family=family, kind=kind)
         found = _describe(str(path), source, seen)
         if seen.kind == "adapter":
             found |= _describe_adapter(source, found, family)
@@ -52,7 +57,8 @@ def inspect_path(path: str | os.PathLike[str], *, family: str | None = None, ten
 
 def _describe(path: str, source: TensorSource, seen: Detection) -> dict[str, Any]:
     dtypes = Counter(str(spec.dtype) for spec in source.specs.values())
-    return {
+    titles = [reading.title for reading in seen.readings]
+    found = {
         "path": path,
         "container": source.container,
         "kind": seen.kind,
@@ -67,6 +73,9 @@ def _describe(path: str, source: TensorSource, seen: Detection) -> dict[str, Any
         "metadata": dict(source.metadata),
         "warnings": [*seen.warnings, *source.notes],
     }
+    if titles:
+        found |= {"title": " or ".join(titles), "readings": [reading.kind for reading in seen.readings]}
+    return found
 
 
 def _describe_adapter(source: TensorSource, found: Mapping[str, Any], family: str | None) -> dict[str, Any]:

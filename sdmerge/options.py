@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Missing = Literal["keep", "drop", "error"]
 Ema = Literal["keep", "drop", "use"]
 Overflow = Literal["refuse", "saturate", "inf"]
+Form = Literal["lora", "full"]
+"""What every algorithm of an adapter can be turned into."""
 
 OUTPUT_TYPES: dict[str, DType | None] = {
     "keep": None,
@@ -44,6 +46,7 @@ class OptionFields(TypedDict, total=False):
     allow_nonfinite: bool
     vae: str | Path | None
     family: str | None
+    kind: str | None
     hash_inputs: bool
     stochastic_rounding: int | None
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] | None
@@ -67,6 +70,7 @@ class Options:
         allow_nonfinite: go on where an input holds NaN or infinity.
         vae: a file whose VAE replaces A's.
         family: what the models are, where the structure does not tell.
+        kind: what a file is that could be several things, as ``aesthetic`` or ``embedding``.
         hash_inputs: put the inputs' sha256 into the metadata (costs one more read of each).
         stochastic_rounding: a seed: results are rounded up or down with the probability of their nearness, by random numbers
             of seed, tensor and element; None rounds to nearest.
@@ -84,6 +88,7 @@ class Options:
     allow_nonfinite: bool = False
     vae: str | Path | None = None
     family: str | None = None
+    kind: str | None = None
     hash_inputs: bool = False
     stochastic_rounding: int | None = None
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] | None = None

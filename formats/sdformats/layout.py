@@ -13,11 +13,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sdformats.errors import FormatError
-from sdformats.kinds import kind_of
+from sdformats.kinds import readings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from sdformats.kind import Reading
     from sdformats.tensor import Spec
 
 _MOST_DIGITS = 4
@@ -140,12 +141,14 @@ class Detection:
     """What a set of tensors is.
 
     Attributes:
-        kind: checkpoint, unet, vae, text-encoder, adapter, embedding, aesthetic, hypernetwork, controlnet or other.
+        kind: checkpoint, unet, vae, text-encoder, one of the names of `kinds.KINDS`, ``ambiguous`` where several of these fit
+            equally well, or ``other``.
         family: one of `FAMILIES`, or None where nothing tells.
         variant: base, inpainting, pix2pix and the like; None without a family.
-        spelling: ``single-file`` or ``diffusers``; None where it is neither.
+        spelling: ``single-file`` or ``diffusers``, or the layout of what is no model of its own; None where nothing tells.
         components: which parts of a model it holds.
         warnings: what a user should know.
+        readings: what it may be, where it is no model of its own; more than one where it is ambiguous.
     """
 
     kind: str
@@ -154,25 +157,38 @@ class Detection:
     spelling: str | None = None
     components: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    readings: tuple[Reading, ...] = ()
 
 
-def detect(specs: Mapping[str, Spec], *, family: str | None = None) -> Detection:
+def detect(
+    specs: Mapping[str, Spec],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    family: str | None = None,
+    kind: str | None = None,
+) -> Detection:
     """Say what a set of tensors is.
 
     Args:
         specs: every tensor by name.
+        metadata: the texts beside them.
         family: overrides what the structure tells.
+        kind: which reading to take where several fit.
 
     Raises:
-        FormatError: two layouts fit equally well, or `family` is none that exists.
+        FormatError: two layouts fit equally well, `family` is none that exists, or it is nothing of this `kind`.
     """
     from sdformats.layouts import LAYOUTS  # layouts are made of this module's classes
 
     if family is not None and family not in FAMILIES:
         raise FormatError(f"{family!r} is no family", expected=f"one of {', '.join(FAMILIES)}")
-    found = kind_of(specs)
-    if found is not None:
-        return Detection(found.kind, family or found.family, warnings=found.warnings)
+    if not specs:
+        return Detection("other", family, warnings=("there is no tensor in it",))
+    readings = readings_of(specs, metadata or {})
+    if kind is not None:
+        readings = _of_kind(readings, kind)
+    if readings:
+        return _without_model(readings, family)
     facts = {spelling: Facts(specs, spelling) for spelling in (SINGLE_FILE, DIFFUSERS)}
     scores = [(layout.score(facts[layout.spelling]), layout) for layout in LAYOUTS]
     best = max(score for score, _ in scores)
@@ -202,6 +218,27 @@ def detect(specs: Mapping[str, Spec], *, family: str | None = None) -> Detection
         components=components,
         warnings=tuple(f"has the key {key}: {said}" for key, said in _MARKERS.items() if key in specs),
     )
+
+
+def _of_kind(readings: tuple[Reading, ...], kind: str) -> tuple[Reading, ...]:
+    """Return the reading that was asked for."""
+    found = tuple(reading for reading in readings if reading.kind == kind)
+    if not found:
+        expected = " or ".join(reading.kind for reading in readings) or "none of the kinds that are no model"
+        raise FormatError(f"cannot be read as {kind}", expected=expected)
+    return found
+
+
+def _without_model(readings: tuple[Reading, ...], family: str | None) -> Detection:
+    """Say what is no model of its own; where several readings fit, that they do."""
+    if len(readings) == 1:
+        (reading,) = readings
+        return Detection(reading.kind, family or reading.family, spelling=reading.layout, readings=readings)
+    families = {reading.family for reading in readings}
+    common = next(iter(families)) if len(families) == 1 else None
+    names = "|".join(reading.kind for reading in readings)
+    warning = f"could be {' or '.join(reading.title for reading in readings)}: say which with --as {names}"
+    return Detection("ambiguous", family or common, warnings=(warning,), readings=readings)
 
 
 def component_of(name: str, spelling: str | None) -> str:

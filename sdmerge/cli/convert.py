@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from sdmerge.cli import options
+from sdmerge.options import Form
 
 
 @click.command("convert")
@@ -15,9 +16,10 @@ from sdmerge.cli import options
 @click.option("--to", metavar="LAYOUT", help="For adapters: the layout to write; `sdmerge layouts` lists them.")
 @click.option(
     "--as",
-    "form",
-    type=click.Choice(["lora", "full"]),
-    help="For adapters: turn every algorithm into LoRA, or into whole differences.",
+    "wanted",
+    metavar="lora|full|KIND",
+    help="For adapters: turn every algorithm into LoRA, or into whole differences. For a file that could be several things: "
+    "what it is (aesthetic, embedding, ...).",
 )
 @click.option("--allow-loss", is_flag=True, help="For adapters: leave out what the layout cannot hold, and say so.")
 @click.option(
@@ -33,9 +35,10 @@ from sdmerge.cli import options
     help="The model that the adapter is for, where a change depends on its weights.",
 )
 @options.output_options  # fmt: skip
-def convert(source: str, output: str, as_json: bool, **given: Any) -> None:
+def convert(source: str, output: str, wanted: str | None, as_json: bool, **given: Any) -> None:
     """Write a model as safetensors, names kept; or an adapter in another layout."""
     from sdmerge import api
 
-    chosen = {name: given.pop(name) for name in ("to", "form", "allow_loss", "adapter_config", "base")}
+    chosen = {name: given.pop(name) for name in ("to", "allow_loss", "adapter_config", "base")}
+    chosen["form" if wanted in get_args(Form) else "kind"] = wanted
     options.show([api.convert(source, output, **chosen, **options.api_options(given))], as_json=as_json)

@@ -17,14 +17,15 @@ _SHORT = 80
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one for each path.")
 @click.option("--tensors", is_flag=True, help="List every tensor too.")
 @click.option("--family", help="What the model is, where its structure does not tell.")
-def inspect(paths: tuple[str, ...], as_json: bool, tensors: bool, family: str | None) -> int:
+@click.option("--as", "kind", metavar="KIND", help="What the file is, where it could be several things: aesthetic, ...")
+def inspect(paths: tuple[str, ...], as_json: bool, tensors: bool, family: str | None, kind: str | None) -> int:
     """Say what a model file is and holds."""
     from sdmerge.inspection import inspect_path
 
     found: list[dict[str, Any]] = []
     for path in paths:
         try:
-            found.append(inspect_path(path, family=family, tensors=tensors))
+            found.append(inspect_path(path, family=family, kind=kind, tensors=tensors))
         except FormatError as error:
             found.append({"path": path, "error": str(error)})
     if as_json:
@@ -38,9 +39,8 @@ def inspect(paths: tuple[str, ...], as_json: bool, tensors: bool, family: str | 
 
 
 def _show(entry: dict[str, Any]) -> None:
-    what = " ".join(str(entry[key]) for key in ("family", "variant", "kind") if entry[key] and entry[key] != "base")
     rows = [
-        ("what", what),
+        ("what", _what(entry)),
         ("container", entry["container"] + (f", {entry['layout']} names" if entry["layout"] else "")),
         ("size", f"{screen.human(entry['bytes'])}, {entry['tensors']:,} tensors"),
         ("parameters", f"{entry['parameters']:,}"),
@@ -57,6 +57,12 @@ def _show(entry: dict[str, Any]) -> None:
     if "list" in entry:
         listed = [(t["name"], t["dtype"], "x".join(map(str, t["shape"])) or "scalar") for t in entry["list"]]
         screen.table("", ("tensor", "type", "shape"), listed)
+
+
+def _what(entry: dict[str, Any]) -> str:
+    if "title" not in entry:
+        return " ".join(str(entry[key]) for key in ("family", "variant", "kind") if entry[key] and entry[key] != "base")
+    return f"{entry['title']} for {entry['family']}" if entry["family"] else str(entry["title"])
 
 
 def _adapter(entry: dict[str, Any]) -> list[tuple[str, str]]:

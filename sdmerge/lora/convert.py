@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from sdformats.adapters import open_adapter
 from sdformats.adapters.errors import CannotHold
@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from sdformats.adapters.record import Record
     from sdformats.tensor import Spec, TensorSink, TensorSource
     from sdmerge.execute import Report
-    from sdmerge.options import Options
+    from sdmerge.options import Form, Options
 
-Form = Literal["lora", "full"]
 _BY_FAMILY = {"sdxl": "kohya-sgm", "sdxl-refiner": "kohya-sgm", "flux": "flux-kohya", "sd3": "sd3-kohya"}
 _OF_OLD_BYTES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 

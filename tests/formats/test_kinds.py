@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sdformats.kinds import kind_of
+from sdformats.errors import FormatError
+from sdformats.kind import Kind, Looks, Marked
+from sdformats.kinds import KINDS, readings_of
 from sdformats.layout import detect
 from sdformats.tensor import DType, Spec
 
@@ -54,8 +56,7 @@ ADAPTERS: dict[str, tuple[str, int | None, str | None]] = {
 def test_adapters(dialect: str) -> None:
     name, width, family = ADAPTERS[dialect]
     shape = (4, width) if width else (4, 4)
-    found = kind_of({name: spec(*shape), "another.alpha": spec()})
-    assert found is not None
+    found = detect({name: spec(*shape), "another.alpha": spec()})
     assert (found.kind, found.family) == ("adapter", family)
 
 
@@ -79,10 +80,103 @@ def test_embeddings(dialect: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(768,), (1, 768)])
-def test_a_bare_vector_is_told_to_be_doubtful(shape: tuple[int, ...]) -> None:
+def test_a_bare_vector_has_two_readings(shape: tuple[int, ...]) -> None:
     found = detect({"": spec(*shape)})
-    assert (found.kind, found.family) == ("aesthetic", "sd1")
-    assert "embedding" in found.warnings[0]
+    assert (found.kind, found.family, found.spelling) == ("ambiguous", "sd1", None)
+    assert {reading.kind for reading in found.readings} == {"embedding", "aesthetic"}
+    assert "textual-inversion embedding or an aesthetic embedding" in found.warnings[0]
+    assert "--as embedding|aesthetic" in found.warnings[0]
+
+
+def test_two_readings_of_different_families() -> None:
+    found = detect({"": spec(1280)})
+    assert (found.kind, found.family) == ("ambiguous", None)
+    assert detect({"": spec(1280)}, family="sdxl").family == "sdxl"
+    assert detect({"": spec(1280)}, kind="aesthetic").family == "sdxl"
+
+
+@pytest.mark.parametrize("kind", ["embedding", "aesthetic"])
+def test_asking_for_a_reading_decides(kind: str) -> None:
+    found = detect({"": spec(1, 768)}, kind=kind)
+    assert (found.kind, found.family, found.spelling, found.warnings) == (kind, "sd1", "bare", ())
+
+
+def test_several_bare_vectors_are_no_mean() -> None:
+    assert detect({"": spec(2, 768)}).kind == "embedding"
+
+
+def test_asking_for_what_it_is_not() -> None:
+    with pytest.raises(FormatError, match=r"cannot be read as aesthetic \(expected embedding\)"):
+        detect({"emb_params": spec(1, 768)}, kind="aesthetic")
+    with pytest.raises(FormatError, match="cannot be read as embedding"):
+        detect({"conv.weight": spec(4, 4, 3, 3)}, kind="embedding")
+
+
+OTHERS: dict[str, tuple[dict[str, Spec], str, str, str | None]] = {
+    "custom diffusion, first": (
+        {
+            "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": spec(320, 768),
+            "embed": spec(1, 768),
+        },
+        "custom-diffusion",
+        "original",
+        "sd1",
+    ),
+    "custom diffusion": (
+        {f"unet.{BLOCK}to_k.weight": spec(320, 1024), "modifier_token.<new1>": spec(1024)},
+        "custom-diffusion",
+        "delta",
+        "sd2",
+    ),
+    "custom diffusion sdxl": (
+        {f"unet.{BLOCK}to_v.weight": spec(320, 2048), "modifier_token.<new1>.0": spec(768)},
+        "custom-diffusion",
+        "delta",
+        None,
+    ),
+    "custom diffusion, compressed": (
+        {f"unet.{BLOCK}to_k.weight.{half}": spec(4, 4) for half in "uv"},
+        "custom-diffusion",
+        "compressed",
+        None,
+    ),
+    "custom diffusion, diffusers": (
+        {f"{BLOCK}processor.to_k_custom_diffusion.weight": spec(320, 768)},
+        "custom-diffusion",
+        "diffusers",
+        "sd1",
+    ),
+    "null text": ({"": spec(50, 1, 77, 768)}, "null-text", "bare", "sd1"),
+    "null text list": ({f"{i}": spec(1, 77, 1024) for i in range(50)}, "null-text", "list", "sd2"),
+    "clip inversion": ({"clip_image": spec(2, 768)}, "clip-inversion", "sdmerge", None),
+    "novelai": ({"768.0.linear1.weight": spec(4, 4)}, "hypernetwork", "novelai", None),
+    "inpaint head": ({"head": spec(320, 5, 3, 3)}, "inpaint-head", "fooocus", "sdxl"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_small_files(name: str) -> None:
+    specs, kind, layout, family = OTHERS[name]
+    found = detect(specs)
+    assert (found.kind, found.spelling, found.family) == (kind, layout, family)
+    assert detect({**specs, "conv.weight": spec(4, 4, 3, 3)}).kind != kind
+
+
+def test_a_whole_unet_is_no_delta() -> None:
+    names = [f"unet.{BLOCK}{name}.weight" for name in ("to_k", "to_v", "to_q")]
+    assert detect(dict.fromkeys(names, spec(320, 768))).kind != "custom-diffusion"
+
+
+def test_kinds_have_names_of_their_own() -> None:
+    assert len({kind.name for kind in KINDS}) == len(KINDS)
+    for kind in KINDS:
+        assert len({layout.name for layout in kind.layouts}) == len(kind.layouts)
+
+
+def test_two_layouts_of_one_kind_that_fit_equally_well_are_an_error() -> None:
+    kind = Kind(name="k", title="a thing", layouts=(Marked(name="a", marks=("x",)), Marked(name="b", marks=("x",))))
+    with pytest.raises(FormatError, match="is a thing in the layout a or b"):
+        kind.read(Looks({"x": spec(1)}, {}))
 
 
 def test_hypernetworks() -> None:
@@ -122,4 +216,4 @@ def test_nothing() -> None:
     ],
 )
 def test_what_is_nothing_of_these(specs: dict[str, Spec]) -> None:
-    assert kind_of(specs) is None
+    assert readings_of(specs, {}) == ()

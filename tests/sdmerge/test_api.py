@@ -153,3 +153,13 @@ def test_a_dry_run_decides_and_writes_nothing(tmp_path: Path, models: list[Path]
     assert not report.written
     assert report.counts == {"merge": len(toys.shapes()), "copy": 1}
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_converting_what_could_be_two_things_is_refused(tmp_path: Path) -> None:
+    path, out = tmp_path / "v.pt", tmp_path / "v.safetensors"
+    torch.save(torch.ones(1, 768), path)
+    with pytest.raises(RequestError, match=r"--as embedding\|aesthetic"):
+        sdmerge.convert(path, out)
+    assert not out.exists()
+    sdmerge.convert(path, out, kind="aesthetic")
+    assert out.exists()

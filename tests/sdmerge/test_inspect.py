@@ -152,6 +152,19 @@ def test_the_family_can_be_said(tmp_path: Path) -> None:
     assert inspect_path(path, family="sdxl")["family"] == "sdxl"
 
 
+def test_two_readings_are_told_and_can_be_decided(tmp_path: Path) -> None:
+    path = tmp_path / "v.pt"
+    torch.save(torch.ones(1, 768), path)
+    (entry,) = listed(str(path))
+    assert set(entry) == {*PROMISED, "title", "readings"}
+    assert (entry["kind"], entry["family"], entry["readings"]) == ("ambiguous", "sd1", ["embedding", "aesthetic"])
+    assert "--as embedding|aesthetic" in entry["warnings"][0]
+    (decided,) = listed(str(path), "--as", "aesthetic")
+    assert (decided["kind"], decided["layout"], decided["warnings"]) == ("aesthetic", "bare", [])
+    assert "an aesthetic embedding" in run(str(path), "--as", "aesthetic").stdout
+    assert "cannot be read as adapter" in listed(str(path), "--as", "adapter")[0]["error"]
+
+
 def test_the_python_function_raises(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="does not exist"):
         inspect_path(tmp_path / "gone")

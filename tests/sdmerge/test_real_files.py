@@ -26,9 +26,9 @@ REAL = Path(__file__).resolve().parents[2].parent / "shared" / "real"
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason="the real files are not here")
 
 MANIFEST: list[dict[str, Any]] = json.loads((REAL / "manifest.json").read_text()) if REAL.is_dir() else []
-KINDS = {"lora": "adapter", "lycoris": "adapter", "ti": "embedding", "aesthetic": "aesthetic", "other": "other"}
+KINDS = {"lora": "adapter", "lycoris": "adapter", "ti": "embedding", "aesthetic": "ambiguous", "other": "other"}
+OWN_KINDS = {"106_fooocus_inpaint_head.pth": "inpaint-head"}
 FAMILIES = {"sd1-inpaint": "sd1"}
-NO_FAMILY = ("106_fooocus_inpaint_head.pth",)  # two small tensors of its own, which name no model
 REFUSED: dict[str, tuple[type[FormatError], str]] = {
     "083_a1111-test_embedding.png": (UnsupportedFile, "PNG"),
     "118_lfs-pointer.safetensors": (UnknownFormat, "git-lfs pointer"),
@@ -49,9 +49,9 @@ def name_of(entry: dict[str, Any]) -> str:
 @pytest.mark.parametrize("entry", MODELS, ids=name_of)
 def test_its_kind_and_family(entry: dict[str, Any]) -> None:
     with open_source(REAL / entry["file"]) as source:
-        found = detect(source.specs)
-        assert found.kind == KINDS[entry["kind"].split("-")[0]]
-        if source.specs and entry["file"] not in NO_FAMILY:
+        found = detect(source.specs, metadata=source.metadata)
+        assert found.kind == OWN_KINDS.get(entry["file"], KINDS[entry["kind"].split("-")[0]])
+        if source.specs:
             assert found.family == FAMILIES.get(entry["base"], entry["base"])
         if entry["n_tensors"] is not None:
             assert len(source.specs) == entry["n_tensors"]
