@@ -16,13 +16,26 @@ if TYPE_CHECKING:
     from sdkernels import kernel as kernel
     from sdkernels import lerp as lerp
     from sdkernels import linear as linear
+    from sdkernels import lora_linear as lora_linear
     from sdkernels import philox as philox
     from sdkernels import reduce as reduce
     from sdkernels import rounding as rounding
     from sdkernels import select as select
     from sdkernels import ties as ties
 
-__all__ = ["cast", "dropout", "kernel", "lerp", "linear", "philox", "reduce", "rounding", "select", "ties"]
+__all__ = [
+    "cast",
+    "dropout",
+    "kernel",
+    "lerp",
+    "linear",
+    "lora_linear",
+    "philox",
+    "reduce",
+    "rounding",
+    "select",
+    "ties",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class _NoTriton:
     def cdiv(a: int, b: int) -> int:
         return -(-a // b)
 
+    @staticmethod
+    def next_power_of_2(n: int) -> int:
+        return 1 << (n - 1).bit_length()
+
 
 HAS_TRITON = False
 triton: Any = _NoTriton
@@ -50,6 +54,10 @@ if _triton_runs():
         pass
     else:
         HAS_TRITON, triton, tl = True, _triton, _tl
+
+
+Result = TypeVar("Result")
+"""What a kernel returns: a tensor, or a tuple of them."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Kernel(Generic[Result]):
     """One operation in two versions.
 
     Attributes:
@@ -84,21 +92,21 @@ class Kernel:
     """
 
     name: str
-    reference: Callable[..., Tensor]
-    fast: Callable[..., Tensor]
+    reference: Callable[..., Result]
+    fast: Callable[..., Result]
     cases: Callable[[], Iterable[Case]]
     large: Callable[[int], Case] | None = None
     plain: Callable[..., Any] | None = None
     tolerance: float = 0.0
 
-    def __call__(self, *args: Any, **options: Any) -> Tensor:
+    def __call__(self, *args: Any, **options: Any) -> Result:
         """Run `fast` where a GPU holds the output or the first tensor, or is the device asked for; else `reference`."""
         if HAS_TRITON and _on_gpu(args, options):
             return self.fast(*args, **options)
         return self.reference(*args, **options)
 
 
-def defined_in(module: ModuleType) -> tuple[Kernel, ...]:
+def defined_in(module: ModuleType) -> tuple[Kernel[Any], ...]:
     """Return the kernels that a module of this package defines, in their order."""
     start = module.__name__.rpartition(".")[2] + "."
     return tuple(value for value in vars(module).values() if isinstance(value, Kernel) and value.name.startswith(start))

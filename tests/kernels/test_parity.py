@@ -55,7 +55,10 @@ def run(name):
         for case in one.cases():
             seen += 1
             try:
-                check(one, one.fast(*case.make(device)), one.reference(*case.make(device)))
+                got, want = one.fast(*case.make(device)), one.reference(*case.make(device))
+                pairs = zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]
+                for pair in pairs:
+                    check(one, *pair)
             except Exception as error:
                 failed.append(f"{one.name}, {case.name}: " + traceback.format_exc(limit=-2))
     return {"seen": seen, "failed": failed}
