@@ -15,8 +15,8 @@ import torch
 
 from sdformats.adapters.errors import CannotHold
 from sdformats.adapters.records import Full, LoHa, LoKr, LoRA, Norm, Rows
-from sdformats.adapters.tensors import Ref, Shaped
 from sdformats.tensor import Spec
+from sdformats.views import Ref, Shaped
 from sdmerge.lora.delta import delta, needs_weight
 from sdmerge.lora.refs import Computed
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from sdformats.adapters.adapter import Adapter
     from sdformats.adapters.record import Record
-    from sdformats.adapters.tensors import Ref, Stored
     from sdformats.tensor import TensorSource
+    from sdformats.views import Ref, Stored
     from sdmerge.blocks import Weights
     from sdmerge.expression import AddTile
     from sdmerge.lora.places import Place

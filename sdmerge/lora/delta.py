@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdformats.adapters.record import Magnitude, Record
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
     Get = Callable[[Ref], Tensor]
     """Returns a tensor's numbers, in float32 or float64."""

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdformats.adapters.tensors import Ref
+from sdformats.views import Ref
 from sdkernels import cast
 from sdmerge.lora.refs import pattern
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sdformats.adapters.tensors import Load
     from sdformats.tensor import Spec
+    from sdformats.views import Load
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from sdformats.adapters import names
-from sdformats.adapters.tensors import Stored, rows
 from sdformats.tensor import DType
+from sdformats.views import Stored, rows
 from sdmerge.errors import MismatchError
 from sdmerge.lora.refs import value
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
     from sdmerge.lora.places import Place, Places
 
 _STEPS = {DType.F16: 2.0**-10, DType.BF16: 2.0**-7, DType.F32: 2.0**-23, DType.F8_E4M3: 2.0**-3, DType.F8_E5M2: 2.0**-2}

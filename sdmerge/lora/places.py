@@ -8,8 +8,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from sdformats.adapters import names
-from sdformats.adapters.tensors import Ref, Stored, joined, rows
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
+from sdformats.views import Ref, Stored, joined, rows
 from sdmerge.errors import MismatchError
 
 if TYPE_CHECKING:

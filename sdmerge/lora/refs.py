@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sdformats.adapters.tensors import Ref, Stored
+from sdformats.views import Ref, Stored
 from sdkernels import cast
 from sdmerge.dtypes import TORCH
 from sdmerge.step import Read, Step
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdformats.adapters.tensors import Load
     from sdformats.tensor import DType, Spec
+    from sdformats.views import Load
 
     Arithmetic = Callable[..., Tensor]
 

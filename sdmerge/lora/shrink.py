@@ -19,8 +19,8 @@ from sdmerge.team import in_threads
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from sdformats.adapters.tensors import Ref
     from sdformats.tensor import DType
+    from sdformats.views import Ref
     from sdmerge.lora.budget import Limit
     from sdmerge.lora.factors import Spectrum
     from sdmerge.options import Options

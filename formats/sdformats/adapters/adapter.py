@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sdformats.adapters.record import Record
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 COMPONENTS = ("unet", "te1", "te2", "te3")
 

@@ -14,8 +14,8 @@ import numpy as np
 from sdformats.adapters.errors import CannotHold
 from sdformats.adapters.family import SD3_WIDTHS
 from sdformats.adapters.records import IA3, Full, GLoRA, LoHa, LoKr, LoRA, Rows
-from sdformats.adapters.tensors import Blocks, Part, Ref, bits, first_rows, joined, rows, same
 from sdformats.errors import CorruptFile
+from sdformats.views import Blocks, Part, Ref, bits, first_rows, joined, rows, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

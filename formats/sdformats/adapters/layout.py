@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from sdformats.adapters.adapter import Adapter
     from sdformats.adapters.fused import Fold
     from sdformats.adapters.naming import Naming
-    from sdformats.adapters.tensors import Ref
     from sdformats.tensor import Spec, TensorSource
+    from sdformats.views import Ref
 
 Config = Mapping[str, Any]
 

@@ -13,8 +13,8 @@ from sdformats.adapters.fused import fuse, split
 from sdformats.adapters.layout import AdapterFile, AdapterLayout, Written
 from sdformats.adapters.records import GLoRA, LoHa, LoKr, LoRA, Rows, labels
 from sdformats.adapters.roles import assemble, disassemble
-from sdformats.adapters.tensors import Ref, Stored
 from sdformats.errors import CorruptFile, FormatError, UnsupportedFile
+from sdformats.views import Ref, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from sdformats.adapters.record import Record
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 
 @dataclass(frozen=True, kw_only=True)

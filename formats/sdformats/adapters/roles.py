@@ -8,9 +8,9 @@ from typing import Any
 
 from sdformats.adapters.record import Magnitude, Record
 from sdformats.adapters.records import IA3, OFT, Full, GLoRA, InputOFT, LoHa, LoKr, LoRA, Norm
-from sdformats.adapters.tensors import Constant, Ref, constant, number, numbers, reshaped
 from sdformats.errors import CorruptFile
 from sdformats.tensor import DType
+from sdformats.views import Constant, Ref, constant, number, numbers, reshaped
 
 Roles = Mapping[str, Ref]
 """A module's tensors by role: the suffix that LyCORIS gives them."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdformats.adapters.tensors import Ref, Stored, bits
 from sdformats.tensor import DType, Spec, TensorSource
+from sdformats.views import Ref, Stored, bits
 
 if TYPE_CHECKING:
     from sdformats.adapters.record import Record

@@ -18,7 +18,7 @@ from sdformats.errors import CorruptFile
 from tests.formats.adapters.memory import array, equal, ref, scaled
 
 if TYPE_CHECKING:
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 QKV = Fusion(("q", "k", "v"), (1, 1, 1))
 LINEAR1 = Fusion(("q", "k", "v", "mlp"), (1, 1, 1, 4))

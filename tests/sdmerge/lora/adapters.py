@@ -14,8 +14,8 @@ from sdformats.adapters.adapter import Adapter
 from sdformats.adapters.reading import check_holds
 from sdformats.adapters.record import Magnitude, Record
 from sdformats.adapters.records import IA3, OFT, Full, GLoRA, LoHa, LoKr, LoRA, Norm
-from sdformats.adapters.tensors import bits
 from sdformats.tensor import DType, Spec
+from sdformats.views import bits
 from sdmerge.dtypes import TORCH
 from sdmerge.lora.delta import delta
 from sdmerge.lora.refs import fold, value
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sdformats.adapters.layout import AdapterLayout
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 Shape = tuple[int, ...]
 TYPES = (DType.F16, DType.BF16, DType.F32)

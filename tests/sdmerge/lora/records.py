@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sdformats.adapters.roles import assemble
-from sdformats.adapters.tensors import Stored
 from sdformats.tensor import Spec, TensorSource
+from sdformats.views import Stored
 from sdmerge.dtypes import TORCH
 from sdmerge.lora.delta import delta
 from sdmerge.lora.refs import value
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sdformats.adapters.record import Record
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 _TYPES = {torch_type: dtype for dtype, torch_type in TORCH.items()}
 

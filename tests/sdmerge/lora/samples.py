@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 BLOCK = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
 Q, K = f"{BLOCK}attn1_to_q", f"{BLOCK}attn2_to_k"

@@ -23,7 +23,7 @@ from tests.sdmerge.lora.lycoris_cases import CASES, made
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 Tensors = dict[str, Tensor]
 TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

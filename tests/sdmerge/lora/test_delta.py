@@ -25,7 +25,7 @@ from tests.sdmerge.lora.lycoris_cases import CASES, made
 
 if TYPE_CHECKING:
     from sdformats.adapters.record import Record
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 
 def record_of(tensors: dict[str, Tensor]) -> Record:

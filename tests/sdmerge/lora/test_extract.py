@@ -21,7 +21,7 @@ from tests.sdmerge import toys
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 Tensors = dict[str, Tensor]
 TO_Q = toys.UNET + "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"

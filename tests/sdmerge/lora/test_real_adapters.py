@@ -21,7 +21,7 @@ from sdmerge.lora.refs import value
 
 if TYPE_CHECKING:
     from sdformats.adapters.record import Record
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 REAL = Path(__file__).parents[4] / "shared" / "real"
 MANIFEST = REAL / "manifest.json"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sdformats.adapters.adapter import Adapter
     from sdformats.adapters.fused import Fold
     from sdformats.adapters.record import Record
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 KEY = "lora_adapter_metadata"
 _TEXT_MODEL = "text_model."
@@ -90,7 +90,7 @@ def write(layout: AdapterLayout, adapter: Adapter, fold: Fold) -> Written:
 
 def as_vector(record: Record) -> Any:
     """Return DoRA's lengths in the shape that PEFT has: (out,), or (1, out, 1, 1) for a convolution."""
-    from sdformats.adapters.tensors import reshaped
+    from sdformats.views import reshaped
 
     assert record.magnitude is not None, "asked for DoRA only"
     values = record.magnitude.values

@@ -11,7 +11,7 @@ from sdformats.errors import CorruptFile, UnsupportedFile
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 _ATTN = ("to_q", "to_k", "to_v", "to_out.0")
 _GEGLU = "ff.net.0.proj"

@@ -12,8 +12,8 @@ from sdformats.adapters.layout import AdapterFile, AdapterLayout, Written
 from sdformats.adapters.layouts import _slots
 from sdformats.adapters.reading import kept_metadata, scale_folded
 from sdformats.adapters.records import LoRA
-from sdformats.adapters.tensors import Ref, Stored
 from sdformats.errors import CorruptFile, UnsupportedFile
+from sdformats.views import Ref, Stored
 
 if TYPE_CHECKING:
     from sdformats.adapters.fused import Fold

@@ -6,8 +6,8 @@ from sdformats.adapters.adapter import Adapter
 from sdformats.adapters.family import family_of
 from sdformats.adapters.layout import AdapterFile, AdapterLayout
 from sdformats.adapters.layouts import _slots
-from sdformats.adapters.tensors import Ref, Stored
 from sdformats.errors import CorruptFile
+from sdformats.views import Ref, Stored
 
 
 def read(_layout: AdapterLayout, file: AdapterFile) -> Adapter:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from sdformats.adapters.adapter import Adapter
 from sdformats.adapters.layout import AdapterFile, AdapterLayout
 from sdformats.adapters.records import Full, LoRA
-from sdformats.adapters.tensors import Ref, Stored
 from sdformats.errors import CorruptFile
+from sdformats.views import Ref, Stored
 
 if TYPE_CHECKING:
     from sdformats.adapters.record import Record

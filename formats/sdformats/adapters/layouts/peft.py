@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sdformats.adapters.adapter import Adapter
     from sdformats.adapters.fused import Fold
     from sdformats.adapters.record import Record
-    from sdformats.adapters.tensors import Ref
+    from sdformats.views import Ref
 
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base_model.model."
