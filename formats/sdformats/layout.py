@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sdformats.errors import FormatError
+from sdformats.keymap import count
 from sdformats.kinds import readings_of
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from sdformats.kind import Reading
     from sdformats.tensor import Spec
 
-_MOST_DIGITS = 4
 _MARKERS = {"v_pred": "made for v-prediction", "ztsnr": "trained to zero terminal SNR"}
 FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner", "sd3", "flux")
 SINGLE_FILE, DIFFUSERS = "single-file", "diffusers"
@@ -98,9 +98,7 @@ class Facts:
 
         Numbers too long to count blocks are passed over: a hostile name may have thousands of digits.
         """
-        seek = re.compile(pattern)
-        found = (m[1] for name in self.network if (m := seek.match(name)))
-        return max((int(digits) + 1 for digits in found if len(digits) <= _MOST_DIGITS), default=0)
+        return count(self.network, pattern)
 
     def rank(self, pattern: str) -> int | None:
         """The number of dimensions of the first tensor that the pattern matches."""

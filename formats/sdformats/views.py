@@ -1,8 +1,9 @@
-"""Tensors of an adapter that are named, cut and put together before any of them is read.
+"""Tensors that are named, cut and put together before any of them is read.
 
 A `Ref` knows its `Spec` at once and its numbers only when asked. Layouts work with a few exact views, which never change a
 number; arithmetic is for those who have it: they add nodes of their own. Views are written for what numpy arrays and torch
-tensors have in common, so both can be put in.
+tensors have in common, so both can be put in. Where a view is bytes of a file in their order, any range of it is read
+without the rest.
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ class Ref(ABC):
             arrays: the module that the arrays come from: ``numpy`` or ``torch``.
         """
 
+    def read_range(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` (writable bytes) with its bytes from byte `offset` on; what must be rearranged is read as a whole."""
+        data = np.ascontiguousarray(bits(self)).reshape(-1).view(np.uint8).data
+        buffer[:] = data[offset : offset + len(buffer)]
+
     def stored(self) -> Iterator[Stored]:
         """Return every tensor of a file that it is made of, in order, repeated where it is used again."""
         for part in self.parts:
@@ -78,6 +84,10 @@ class Stored(Ref):
     def evaluate(self, load: Load, arrays: Any) -> Any:
         """See `Ref`."""
         return load(self)
+
+    def read_range(self, offset: int, buffer: memoryview) -> None:
+        """See `Ref`."""
+        self.source.read_into(self.key, offset, buffer)
 
     def stored(self) -> Iterator[Stored]:
         """See `Ref`."""
@@ -135,6 +145,13 @@ class Part(Ref):
         """See `Ref`."""
         return self.of.evaluate(load, arrays)[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
 
+    def read_range(self, offset: int, buffer: memoryview) -> None:
+        """See `Ref`. Rows lie together."""
+        if self.axis:
+            super().read_range(offset, buffer)
+        else:
+            self.of.read_range(self.start * _row_bytes(self.of) + offset, buffer)
+
 
 @dataclass(frozen=True)
 class Shaped(Ref):
@@ -156,6 +173,32 @@ class Shaped(Ref):
     def evaluate(self, load: Load, arrays: Any) -> Any:
         """See `Ref`."""
         return self.of.evaluate(load, arrays).reshape(self.dims)
+
+    def read_range(self, offset: int, buffer: memoryview) -> None:
+        """See `Ref`."""
+        self.of.read_range(offset, buffer)
+
+
+@dataclass(frozen=True)
+class Transposed(Ref):
+    """A matrix with rows and columns exchanged."""
+
+    of: Ref
+
+    @property
+    def spec(self) -> Spec:
+        """See `Ref`."""
+        rows, columns = self.of.shape
+        return replace(self.of.spec, shape=(columns, rows))
+
+    @property
+    def parts(self) -> tuple[Ref, ...]:
+        """See `Ref`."""
+        return (self.of,)
+
+    def evaluate(self, load: Load, arrays: Any) -> Any:
+        """See `Ref`."""
+        return self.of.evaluate(load, arrays).T
 
 
 @dataclass(frozen=True)
@@ -180,6 +223,18 @@ class Joined(Ref):
     def evaluate(self, load: Load, arrays: Any) -> Any:
         """See `Ref`."""
         return arrays.concatenate([part.evaluate(load, arrays) for part in self.pieces], self.axis)
+
+    def read_range(self, offset: int, buffer: memoryview) -> None:
+        """See `Ref`. Rows of one piece lie behind those of another."""
+        if self.axis:
+            super().read_range(offset, buffer)
+            return
+        start, stop = 0, 0
+        for piece in self.pieces:
+            start, stop = stop, stop + piece.spec.nbytes
+            low, high = max(start, offset), min(stop, offset + len(buffer))
+            if low < high:
+                piece.read_range(low - start, buffer[low - offset : high - offset])
 
 
 @dataclass(frozen=True)
@@ -217,6 +272,10 @@ class Blocks(Ref):
             whole[row : row + block.shape[0], column : column + block.shape[1]] = block
             column += block.shape[1]
         return whole
+
+
+def _row_bytes(ref: Ref) -> int:
+    return ref.spec.nbytes // max(1, ref.shape[0])
 
 
 def rows(ref: Ref, start: int, stop: int) -> Ref:
@@ -258,11 +317,23 @@ def _patterns(ref: Stored) -> np.ndarray[Any, Any]:
     return np.frombuffer(ref.source.read(ref.key), dtype=width).reshape(ref.shape)
 
 
+def halves_swapped(ref: Ref) -> Ref:
+    """Return a tensor with its second half of rows before the first.
+
+    Raises:
+        CorruptFile: its rows have no halves.
+    """
+    half, odd = divmod(ref.shape[0], 2)
+    if odd:
+        raise CorruptFile(f"has {ref.shape[0]} rows, which have no halves", key=str(ref))
+    return joined([rows(ref, half, 2 * half), rows(ref, 0, half)])
+
+
 def first_rows(ref: Ref, start: int, count: int) -> np.ndarray[Any, Any]:
     """Read `count` rows from `start` on, as bit patterns; of a stored tensor not a byte more."""
     if not isinstance(ref, Stored) or ref.spec.dtype.bits not in _PATTERNS:
         return np.asarray(bits(ref)[start : start + count])
-    row = ref.spec.nbytes // max(1, ref.shape[0])
+    row = _row_bytes(ref)
     data = bytearray(row * count)
     ref.source.read_into(ref.key, row * start, memoryview(data))
     return np.frombuffer(data, dtype=_PATTERNS[ref.spec.dtype.bits]).reshape(count, *ref.shape[1:])

@@ -8,13 +8,15 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from sdformats.adapters import names
+from sdformats.keymap import one
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
-from sdformats.views import Ref, Stored, joined, rows
+from sdformats.views import Ref, Stored, halves_swapped, rows
 from sdmerge.errors import MismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from sdformats.keymap import Rule
     from sdformats.tensor import TensorSource
 
 _UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
@@ -103,10 +105,7 @@ class Places:
             raise MismatchError(f"{self.source.path}: {place.weight!r} is stored transposed")
         stored = Stored(self.source, place.weight)
         found = rows(stored, *place.range_of(stored.shape[0]))
-        if not place.swapped:
-            return found
-        half = found.shape[0] // 2
-        return joined([rows(found, half, 2 * half), rows(found, 0, half)])
+        return halves_swapped(found) if place.swapped else found
 
     def _candidates(self, path: str) -> Iterator[Place]:
         component, _, rest = path.partition(".")
@@ -126,7 +125,7 @@ class Places:
                 name = prefix + theirs
                 yield Place(f"{name}.weight", f"{name}.bias", index, fusion.shares, swapped=self._swapped(name, fusion))
 
-    def _swapped(self, module: str, fusion: names.Fusion) -> bool:
+    def _swapped(self, module: str, fusion: Rule) -> bool:
         """Whether the halves of a module's rows are the other way round in this model."""
         if not fusion.swapped_alone:
             return fusion.swapped
@@ -134,13 +133,13 @@ class Places:
         return spec is not None and len(spec.shape) == 2 and spec.shape[0] == 2 * spec.shape[1]
 
     @cached_property
-    def _fused(self) -> Mapping[str, tuple[str, int, names.Fusion]]:
+    def _fused(self) -> Mapping[str, tuple[str, int, Rule]]:
         """Return the single file's module, and which part of it, by each of ours."""
         if self.family in ("flux", "sd3"):
             table = names.flux() if self.family == "flux" else names.sd3()
         else:
             shallow = self.family in ("sd1", "sd2", "sdxl-refiner")
-            table = {theirs: names.one(ours) for ours, theirs in names.sgm_of_unet(shallow_first=shallow).items()}
+            table = {theirs: one(ours) for ours, theirs in names.sgm_of_unet(shallow_first=shallow).items()}
         return {path: (theirs, i, fusion) for theirs, fusion in table.items() for i, path in enumerate(fusion.parts)}
 
     def _text(self, component: str, rest: str) -> Iterator[Place]:

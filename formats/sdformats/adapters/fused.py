@@ -20,8 +20,8 @@ from sdformats.views import Blocks, Part, Ref, bits, first_rows, joined, rows, s
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from sdformats.adapters.names import Fusion
     from sdformats.adapters.record import Record
+    from sdformats.keymap import Rule
 
     Fold = Callable[[Ref, float], Ref]
     """Returns a tensor times a number."""
@@ -73,7 +73,7 @@ def _composed(outer: tuple[Range, ...], inner: tuple[Range, ...]) -> tuple[Range
     return tuple(found)
 
 
-def is_swapped(record: Record, fusion: Fusion) -> bool:
+def is_swapped(record: Record, fusion: Rule) -> bool:
     """Whether the halves of a module's rows are the other way round in the file."""
     if not fusion.swapped_alone or record.height is None:
         return fusion.swapped
@@ -96,7 +96,7 @@ def swapped(record: Record) -> Record:
     return cut(record, ((whole // 2, whole), (0, whole // 2)))
 
 
-def split(record: Record, fusion: Fusion) -> dict[str, Record]:
+def split(record: Record, fusion: Rule) -> dict[str, Record]:
     """Return the record of each part of a fused module.
 
     Parts that are wholly zero beside others that are not are no part of the adapter. A LoRA whose up is made of blocks
@@ -173,7 +173,7 @@ def _outside(used: np.ndarray[Any, Any], inside: Range) -> bool:
     return bool(used[: inside[0]].any() or used[inside[1] :].any())
 
 
-def fuse(module: str, records: Sequence[Record | None], fusion: Fusion, fold: Fold) -> Record:
+def fuse(module: str, records: Sequence[Record | None], fusion: Rule, fold: Fold) -> Record:
     """Return the record of a fused module; the inverse of `split`.
 
     Args:
@@ -191,7 +191,7 @@ def fuse(module: str, records: Sequence[Record | None], fusion: Fusion, fold: Fo
     return swapped(record) if is_swapped(record, fusion) else record
 
 
-def _whole_again(there: Sequence[Record], fusion: Fusion) -> Record | None:
+def _whole_again(there: Sequence[Record], fusion: Rule) -> Record | None:
     """Return the record that all parts are rows of, where they are."""
     first = there[0]
     if not isinstance(first, Rows) or len(there) < len(fusion.parts):
@@ -212,7 +212,7 @@ _SHARED = {
 }
 
 
-def _joined(module: str, records: Sequence[Record | None], fusion: Fusion, fold: Fold) -> Record:
+def _joined(module: str, records: Sequence[Record | None], fusion: Rule, fold: Fold) -> Record:
     there = [record for record in records if record is not None]
     kinds = {type(record) for record in there}
     first = there[0]
@@ -239,7 +239,7 @@ def _joined(module: str, records: Sequence[Record | None], fusion: Fusion, fold:
     return replace(first, **changed, **_joined_sides(module, there))
 
 
-def _check_rows(module: str, records: Sequence[Record | None], fusion: Fusion) -> None:
+def _check_rows(module: str, records: Sequence[Record | None], fusion: Rule) -> None:
     """Refuse parts whose rows are not shared as the module's are."""
     pairs = zip(records, fusion.shares, strict=True)
     known = [(record.height, share) for record, share in pairs if record is not None and record.height is not None]
@@ -297,7 +297,7 @@ def _joined_sides(module: str, there: Sequence[Record]) -> dict[str, Any]:
     return sides
 
 
-def _joined_lora(module: str, records: Sequence[Record | None], fusion: Fusion, fold: Fold) -> Record:
+def _joined_lora(module: str, records: Sequence[Record | None], fusion: Rule, fold: Fold) -> Record:
     """Stack ups over one down where it is the same in all parts; else blocks along the diagonal, downs stacked."""
     loras = {index: record for index, record in enumerate(records) if isinstance(record, LoRA)}
     there = list(loras.values())

@@ -6,60 +6,22 @@ them too. An underscored name is looked up whole: ``input_blocks_1`` is never ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from sdformats.keymap import Rule, one
+from sdformats.layouts import clip as clips
+from sdformats.layouts import unet as unets
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Mapping
+
+    from sdformats.keymap import Table
 
 _UNET_DEPTH, _UNET_LEVELS = 10, 4
 _CLIP_LAYERS, _T5_LAYERS = 32, 24
 _FLUX_DOUBLE, _FLUX_SINGLE = 19, 38
 _SD3_DEPTH = 38
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """A module of a file, and the modules of ours that are its rows.
-
-    Attributes:
-        parts: our modules, in the order of the rows; mostly one.
-        shares: how many rows each has, as multiples of each other.
-        swapped: whether the two halves of the rows are the other way round (shift and scale).
-        swapped_alone: whether they are where there are two, for as many columns each, and not six.
-    """
-
-    parts: tuple[str, ...]
-    shares: tuple[int, ...] = (1,)
-    swapped: bool = False
-    swapped_alone: bool = False
-
-
-Table = dict[str, Fusion]
-
-
-def one(path: str) -> Fusion:
-    """Return the entry of a module that is one of ours."""
-    return Fusion((path,))
-
-
-def _inside_transformer(depth: int) -> Iterator[str]:
-    yield from ("norm", "proj_in", "proj_out")
-    for d in range(depth):
-        block = f"transformer_blocks.{d}."
-        yield from (f"{block}norm{n}" for n in (1, 2, 3))
-        yield from (f"{block}attn{n}.{name}" for n in (1, 2) for name in _ATTENTION)
-        yield from (f"{block}ff.net.{name}" for name in ("0.proj", "2"))
 
 
 @cache
@@ -69,29 +31,15 @@ def unet_sgm() -> Mapping[str, str]:
     An upsampler stands behind the attention where there is one, so it has two names; the first is that of SDXL and of
     the inner levels.
     """
-    found: dict[str, str] = {}
+    found = _unet(attended=range(_UNET_LEVELS))
+    for theirs, ours in _unet(attended=()).items():
+        found.setdefault(theirs, ours)
+    return found
 
-    def block(ours: str, theirs: str, kind: str) -> None:
-        if kind == "resnets":
-            found.update({f"{theirs}.{name}": f"{ours}.{inner}" for inner, name in _RESNET.items()})
-        else:
-            found.update({f"{theirs}.{name}": f"{ours}.{name}" for name in _inside_transformer(_UNET_DEPTH)})
 
-    for b in range(_UNET_LEVELS):
-        for place, kind in enumerate(("resnets", "attentions")):
-            for n in range(2):
-                block(f"down_blocks.{b}.{kind}.{n}", f"input_blocks.{1 + 3 * b + n}.{place}", kind)
-            for n in range(3):
-                block(f"up_blocks.{b}.{kind}.{n}", f"output_blocks.{3 * b + n}.{place}", kind)
-        found[f"input_blocks.{3 * (b + 1)}.0.op"] = f"down_blocks.{b}.downsamplers.0.conv"
-        for place in (2, 1):
-            found[f"output_blocks.{3 * b + 2}.{place}.conv"] = f"up_blocks.{b}.upsamplers.0.conv"
-    for n in range(2):
-        block(f"mid_block.resnets.{n}", f"middle_block.{2 * n}", "resnets")
-    block("mid_block.attentions.0", "middle_block.1", "attentions")
-    for ours, theirs in (("time_embedding", "time_embed"), ("add_embedding", "label_emb.0")):
-        found |= {f"{theirs}.{2 * n}": f"{ours}.linear_{n + 1}" for n in range(2)}
-    return found | {"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
+def _unet(*, attended: Collection[int]) -> dict[str, str]:
+    table = unets.modules(levels=_UNET_LEVELS, layers=2, depth=_UNET_DEPTH, attended=attended)
+    return {theirs: rule.parts[0] for theirs, rule in table.items()}
 
 
 @cache
@@ -101,12 +49,8 @@ def sgm_of_unet(*, shallow_first: bool) -> Mapping[str, str]:
     Args:
         shallow_first: whether the first level on the way up has no attention (SD1, SD2, SDXL's refiner).
     """
-    inverse: dict[str, str] = {}
-    for theirs, ours in unet_sgm().items():
-        inverse.setdefault(ours, theirs)
-    if shallow_first:
-        inverse["up_blocks.0.upsamplers.0.conv"] = "output_blocks.2.1.conv"
-    return inverse
+    table = _unet(attended=range(1 if shallow_first else 0, _UNET_LEVELS))
+    return {ours: theirs for theirs, ours in table.items()}
 
 
 @cache
@@ -118,11 +62,7 @@ def unet() -> tuple[str, ...]:
 @cache
 def clip() -> tuple[str, ...]:
     """Return the modules of CLIP's text encoders, as transformers names them."""
-    inside = (*(f"self_attn.{name}_proj" for name in "kvq"), "self_attn.out_proj")
-    inside += ("layer_norm1", "mlp.fc1", "mlp.fc2", "layer_norm2")
-    layers = (f"text_model.encoder.layers.{n}.{name}" for n in range(_CLIP_LAYERS) for name in inside)
-    embeddings = (f"text_model.embeddings.{name}_embedding" for name in ("token", "position"))
-    return (*embeddings, *layers, "text_model.final_layer_norm", "text_projection")
+    return clips.modules(_CLIP_LAYERS)
 
 
 @cache
@@ -142,15 +82,15 @@ def _embedder(ours: str, theirs: str, inner: tuple[str, str] = ("in_layer", "out
 
 
 @cache
-def flux() -> Mapping[str, Fusion]:
+def flux() -> Mapping[str, Rule]:
     """Return Flux's modules: ours, as diffusers names them, by those of its makers."""
     found: Table = {"img_in": one("x_embedder"), "txt_in": one("context_embedder")}
     for ours, theirs in (("timestep", "time"), ("text", "vector"), ("guidance", "guidance")):
         found |= _embedder(f"time_text_embed.{ours}_embedder", f"{theirs}_in")
     for n in range(_FLUX_DOUBLE):
         ours, theirs = f"transformer_blocks.{n}.", f"double_blocks.{n}."
-        found[f"{theirs}img_attn.qkv"] = Fusion(tuple(f"{ours}attn.to_{x}" for x in "qkv"), (1, 1, 1))
-        found[f"{theirs}txt_attn.qkv"] = Fusion(tuple(f"{ours}attn.add_{x}_proj" for x in "qkv"), (1, 1, 1))
+        found[f"{theirs}img_attn.qkv"] = Rule(tuple(f"{ours}attn.to_{x}" for x in "qkv"), (1, 1, 1))
+        found[f"{theirs}txt_attn.qkv"] = Rule(tuple(f"{ours}attn.add_{x}_proj" for x in "qkv"), (1, 1, 1))
         pairs = {"img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out"}
         pairs |= {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear"}
         pairs |= {"img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2"}
@@ -161,16 +101,16 @@ def flux() -> Mapping[str, Fusion]:
     for n in range(_FLUX_SINGLE):
         ours, theirs = f"single_transformer_blocks.{n}.", f"single_blocks.{n}."
         fused = (*(f"{ours}attn.to_{x}" for x in "qkv"), f"{ours}proj_mlp")
-        found[f"{theirs}linear1"] = Fusion(fused, (1, 1, 1, 4))
+        found[f"{theirs}linear1"] = Rule(fused, (1, 1, 1, 4))
         pairs = {"linear2": "proj_out", "modulation.lin": "norm.linear"}
         pairs |= {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
         found |= {theirs + name: one(ours + mine) for name, mine in pairs.items()}
-    found["final_layer.adaLN_modulation.1"] = Fusion(("norm_out.linear",), (1,), swapped=True)
+    found["final_layer.adaLN_modulation.1"] = Rule(("norm_out.linear",), (1,), swapped=True)
     return found | {"final_layer.linear": one("proj_out")}
 
 
 @cache
-def sd3() -> Mapping[str, Fusion]:
+def sd3() -> Mapping[str, Rule]:
     """Return SD3's modules: ours, as diffusers names them, by those of its makers.
 
     The last block's context norm is of the kind whose halves are swapped; how many blocks there are differs, so its entry is
@@ -181,9 +121,9 @@ def sd3() -> Mapping[str, Fusion]:
     found |= _embedder("time_text_embed.text_embedder", "y_embedder", ("mlp.0", "mlp.2"))
     for n in range(_SD3_DEPTH):
         ours, x, context = f"transformer_blocks.{n}.", f"joint_blocks.{n}.x_block.", f"joint_blocks.{n}.context_block."
-        found[f"{x}attn.qkv"] = Fusion(tuple(f"{ours}attn.to_{c}" for c in "qkv"), (1, 1, 1))
-        found[f"{x}attn2.qkv"] = Fusion(tuple(f"{ours}attn2.to_{c}" for c in "qkv"), (1, 1, 1))
-        found[f"{context}attn.qkv"] = Fusion(tuple(f"{ours}attn.add_{c}_proj" for c in "qkv"), (1, 1, 1))
+        found[f"{x}attn.qkv"] = Rule(tuple(f"{ours}attn.to_{c}" for c in "qkv"), (1, 1, 1))
+        found[f"{x}attn2.qkv"] = Rule(tuple(f"{ours}attn2.to_{c}" for c in "qkv"), (1, 1, 1))
+        found[f"{context}attn.qkv"] = Rule(tuple(f"{ours}attn.add_{c}_proj" for c in "qkv"), (1, 1, 1))
         found |= {f"{x}attn.proj": one(f"{ours}attn.to_out.0"), f"{x}attn2.proj": one(f"{ours}attn2.to_out.0")}
         found[f"{context}attn.proj"] = one(f"{ours}attn.to_add_out")
         for theirs, mine in ((x, "ff"), (context, "ff_context")):
@@ -195,8 +135,8 @@ def sd3() -> Mapping[str, Fusion]:
             found |= {f"{theirs}{c}": one(f"{ours}{mine}{c}") for c in "qk"}
         found |= {f"{context}attn.ln_{c}": one(f"{ours}attn.norm_added_{c}") for c in "qk"}
         found[f"{x}adaLN_modulation.1"] = one(f"{ours}norm1.linear")
-        found[f"{context}adaLN_modulation.1"] = Fusion((f"{ours}norm1_context.linear",), swapped_alone=True)
-    found["final_layer.adaLN_modulation.1"] = Fusion(("norm_out.linear",), (1,), swapped=True)
+        found[f"{context}adaLN_modulation.1"] = Rule((f"{ours}norm1_context.linear",), swapped_alone=True)
+    found["final_layer.adaLN_modulation.1"] = Rule(("norm_out.linear",), (1,), swapped=True)
     return found | {"final_layer.linear": one("proj_out")}
 
 

@@ -8,8 +8,8 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from sdformats.adapters import names
-from sdformats.adapters.names import Fusion, one
 from sdformats.adapters.roles import LENGTHS, MAGNITUDE
+from sdformats.keymap import Rule, one
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ class Prefix:
     families: tuple[str, ...] = ()
     reads_only: bool = False
 
-    def find(self, middle: str) -> Fusion | None:
+    def find(self, middle: str) -> Rule | None:
         """Return our modules by the name in the file, without the prefix."""
         return _table(self.table, self.flat).get(middle) if self.table != "any" else one(_dialect(self, middle))
 
@@ -61,7 +61,7 @@ def _dialect(prefix: Prefix, middle: str) -> str:
 
 
 @cache
-def _dotted(table: str) -> Mapping[str, Fusion]:
+def _dotted(table: str) -> Mapping[str, Rule]:
     """Return our modules by a file's dotted name."""
     fused = {"flux": names.flux, "sd3": names.sd3}
     if table in fused:
@@ -75,7 +75,7 @@ def _dotted(table: str) -> Mapping[str, Fusion]:
 
 
 @cache
-def _table(table: str, flat: bool) -> Mapping[str, Fusion]:
+def _table(table: str, flat: bool) -> Mapping[str, Rule]:
     dotted = _dotted(table)
     return {name.replace(".", "_"): fusion for name, fusion in dotted.items()} if flat else dotted
 
@@ -106,7 +106,7 @@ class Name:
     module: str
     role: str
     component: str
-    fusion: Fusion
+    fusion: Rule
     table: str = "any"
 
 
@@ -154,7 +154,7 @@ class Naming:
                 return spelled
         return None
 
-    def fusion(self, module: str) -> Fusion:
+    def fusion(self, module: str) -> Rule:
         """Return our modules, with their component, by a name that `module` gave."""
         for prefix in self.prefixes:
             if module.startswith(prefix.text) and (found := prefix.find(module[len(prefix.text) :])) is not None:

@@ -4,3 +4,6 @@ from sdformats.layouts import flux, sd, sd3, sdxl
 
 LAYOUTS = (*sd.LAYOUTS, *sdxl.LAYOUTS, *sd3.LAYOUTS, *flux.LAYOUTS)
 """Every layout; see `sdformats.layout.detect`."""
+
+KEY_MAPS = sd.KEY_MAPS | sdxl.KEY_MAPS
+"""How each family is spelled; see `sdformats.keymap`."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from sdformats.keymap import Component, KeyMap
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, Facts, Layout
+from sdformats.layouts import clip
+from sdformats.layouts.unet import UNET
+from sdformats.layouts.vae import VAE
 
 _PROJ_IN = r"(input_blocks\.\d+\.1|down_blocks\.\d+\.attentions\.\d+)\.proj_in\.weight"
 
@@ -61,3 +65,9 @@ LAYOUTS = (
     Layout("sd2", SINGLE_FILE, (_four_levels, _shallow, _linear, _still), (_open_clip,), _unclip),
     Layout("sd2", DIFFUSERS, (_four_levels, _shallow, _linear, _still, _no_pooled_text), (), _unclip),
 )
+
+_CLIP = Component("text_encoder", ("cond_stage_model.transformer.",), clip.table, dialect=clip.with_text_model)
+_OPEN_CLIP = Component(
+    "text_encoder", ("cond_stage_model.model.",), clip.open_clip_without_its_end, dialect=clip.with_text_model
+)
+KEY_MAPS = {"sd1": KeyMap((UNET, VAE, _CLIP)), "sd2": KeyMap((UNET, VAE, _OPEN_CLIP))}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from sdformats.keymap import Component, KeyMap
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, Facts, Layout
+from sdformats.layouts import clip
 from sdformats.layouts.sd import variant
+from sdformats.layouts.unet import UNET
+from sdformats.layouts.vae import VAE
 
 
 def _pooled_text(facts: Facts) -> bool:
@@ -36,3 +40,16 @@ LAYOUTS = (
     Layout("sdxl-refiner", SINGLE_FILE, (_four_levels, _pooled_text, _deep), (_one_encoder,), variant),
     Layout("sdxl-refiner", DIFFUSERS, (_four_levels, _pooled_text, _deep), (), variant),
 )
+
+_CLIP = Component("text_encoder", ("conditioner.embedders.0.transformer.",), clip.table, dialect=clip.with_text_model)
+
+
+def _open_clip(place: int) -> Component:
+    prefix = f"conditioner.embedders.{place}.model."
+    return Component("text_encoder_2", (prefix,), clip.open_clip, dialect=clip.with_text_model)
+
+
+KEY_MAPS = {
+    "sdxl": KeyMap((UNET, VAE, _CLIP, _open_clip(1))),
+    "sdxl-refiner": KeyMap((UNET, VAE, _open_clip(0))),
+}

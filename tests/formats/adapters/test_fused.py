@@ -11,18 +11,18 @@ import pytest
 from sdformats.adapters import names
 from sdformats.adapters.errors import CannotHold
 from sdformats.adapters.fused import cut, fuse, split, swapped
-from sdformats.adapters.names import Fusion
 from sdformats.adapters.record import Magnitude, Record
 from sdformats.adapters.records import IA3, OFT, Full, GLoRA, LoHa, LoKr, LoRA, Norm, Rows
 from sdformats.errors import CorruptFile
+from sdformats.keymap import Rule
 from tests.formats.adapters.memory import array, equal, ref, scaled
 
 if TYPE_CHECKING:
     from sdformats.views import Ref
 
-QKV = Fusion(("q", "k", "v"), (1, 1, 1))
-LINEAR1 = Fusion(("q", "k", "v", "mlp"), (1, 1, 1, 4))
-HALVES = Fusion(("norm",), swapped=True)
+QKV = Rule(("q", "k", "v"), (1, 1, 1))
+LINEAR1 = Rule(("q", "k", "v", "mlp"), (1, 1, 1, 4))
+HALVES = Rule(("norm",), swapped=True)
 Array = np.ndarray[Any, Any]
 
 
@@ -77,7 +77,7 @@ def rows_cut(record: Record) -> None:
         assert part.height == 4
 
 
-def whole_again(record: Record, fusion: Fusion = QKV) -> Record:
+def whole_again(record: Record, fusion: Rule = QKV) -> Record:
     parts = split(record, fusion)
     return fuse("m", [parts.get(name) for name in fusion.parts], fusion, scaled)
 

@@ -13,7 +13,7 @@ from sdformats.adapters import names
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from sdformats.adapters.names import Fusion
+    from sdformats.keymap import Rule
 
 ATTENTION = "transformer_blocks.0.attn2.to_k"
 SGM = [
@@ -141,7 +141,7 @@ def test_no_block_is_the_beginning_of_another() -> None:
 
 @pytest.mark.parametrize(("table", "known"), [(names.flux, FLUX), (names.sd3, SD3)])
 def test_transformers_names_are_told_both_ways(
-    table: Callable[[], Mapping[str, Fusion]], known: dict[str, list[str]]
+    table: Callable[[], Mapping[str, Rule]], known: dict[str, list[str]]
 ) -> None:
     for theirs, ours in known.items():
         assert list(table()[theirs].parts) == ours

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sdformats.adapters.names import one
 from sdformats.adapters.naming import Name, Naming
 from sdformats.adapters.roles import DOWN, UP
+from sdformats.keymap import one
 
 _PROCESSOR = re.compile(r"(.*\.attn\d)\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 _SELF_ATTENTION = re.compile(r"(.*\.self_attn)\.to_(q|k|v|out)_lora\.(down|up)\.weight")

@@ -13,7 +13,6 @@ from sdformats.adapters.errors import CannotHold
 from sdformats.adapters.layout import AdapterFile, AdapterLayout, Written
 from sdformats.adapters.layouts._diffusers import as_vector
 from sdformats.adapters.layouts._shared import LORA
-from sdformats.adapters.names import one
 from sdformats.adapters.naming import Name, Naming, Prefix
 from sdformats.adapters.peft_config import scaled, settings
 from sdformats.adapters.reading import named, read_named
@@ -21,6 +20,7 @@ from sdformats.adapters.records import InputOFT, LoRA
 from sdformats.adapters.roles import KOHYA, LENGTHS, PEFT
 from sdformats.errors import CorruptFile
 from sdformats.folder import PEFT_CONFIG
+from sdformats.keymap import one
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -4,16 +4,16 @@ from functools import cache
 
 from sdformats.adapters import names
 from sdformats.adapters.layout import AdapterLayout
-from sdformats.adapters.names import Fusion, one
 from sdformats.adapters.naming import Naming, Prefix
 from sdformats.adapters.reading import read_named, write_named
 from sdformats.adapters.roles import DOWN, UP
+from sdformats.keymap import Rule, one
 
 
 @cache
-def table() -> dict[str, Fusion]:
+def table() -> dict[str, Rule]:
     """Return Flux's modules by XLabs' names for them."""
-    found: dict[str, Fusion] = {}
+    found: dict[str, Rule] = {}
     flux = names.flux()
     for module, fusion in flux.items():
         block, number, rest = (*module.split(".", 2), "", "")[:3]
@@ -28,14 +28,14 @@ def table() -> dict[str, Fusion]:
             case "txt_attn.proj":
                 found[f"{start}proj_lora2"] = fusion
             case "linear1":
-                found[f"{start}qkv_lora"] = Fusion(fusion.parts[:3], (1, 1, 1))
+                found[f"{start}qkv_lora"] = Rule(fusion.parts[:3], (1, 1, 1))
             case "linear2":
                 found[f"{start}proj_lora"] = one(fusion.parts[0])
     return found
 
 
 class _Prefix(Prefix):
-    def find(self, middle: str) -> Fusion | None:
+    def find(self, middle: str) -> Rule | None:
         return table().get(middle)
 
     def spell(self, path: str, family: str | None) -> str | None:

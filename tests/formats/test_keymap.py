@@ -1,0 +1,349 @@
+"""Key maps: diffusers' own converters read what they write, and every spelling comes back bit for bit."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdformats import keymap
+from sdformats.errors import CorruptFile, FormatError, UnsupportedFile
+from sdformats.keymap import EXTRAS, NAKED, Component, KeyMap, Rule, one
+from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
+from sdformats.renamed import component, spelled
+from sdformats.tensor import DType, Spec
+from tests import tiny
+from tests.formats.adapters.memory import Memory, array, ref
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from sdformats.tensor import TensorSource
+    from sdformats.views import Ref
+
+FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner")
+TYPES = {torch.float16: DType.F16, torch.float32: DType.F32, torch.int64: DType.I64, torch.float8_e4m3fn: DType.F8_E4M3}
+OPEN_CLIP = "cond_stage_model.model."
+ENCODERS = {
+    "sd1": {"text_encoder": "cond_stage_model.transformer."},
+    "sd2": {"text_encoder": "cond_stage_model.model."},
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+    "sdxl-refiner": {"text_encoder_2": "conditioner.embedders.0.model."},
+}
+
+
+class Named(Memory):
+    """Tensors in memory under names of our choice."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in tensors.items():
+            self._specs[name] = Spec(tuple(value.shape), TYPES[value.dtype])
+            self._data[name] = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    def position(self, name: str) -> tuple[int, int]:
+        """See `TensorSource`."""
+        return 0, list(self._specs).index(name)
+
+
+def loaded(source: TensorSource, prefix: str = "") -> dict[str, Tensor]:
+    """Return a source's tensors, read in uneven pieces."""
+    types = {dtype: kind for kind, dtype in TYPES.items()}
+    found = {}
+    for name, spec in source.specs.items():
+        data = bytearray(spec.nbytes)
+        for start in range(0, spec.nbytes, 100):
+            source.read_into(name, start, memoryview(data)[start : start + 100])
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = torch.frombuffer(data, dtype=types[spec.dtype]).reshape(spec.shape)
+    return found
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+@cache
+def single(family: str) -> TensorSource:
+    """A single file that was made of a folder."""
+    return spelled(Named(tiny.tensors(family)), SINGLE_FILE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_becomes_a_single_file_and_comes_back_bit_for_bit(family: str) -> None:
+    made = single(family)
+    seen = detect(made.specs)
+    assert (seen.kind, seen.family, seen.spelling) == ("checkpoint", family, SINGLE_FILE)
+    assert made.notes == ()
+    again = spelled(Named(loaded(made)), DIFFUSERS)
+    assert same(loaded(again), tiny.tensors(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_diffusers_own_converter_reads_the_unet(family: str) -> None:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    network = tiny.components(family)["unet"]
+    given = loaded(single(family))
+    assert given["model.diffusion_model.input_blocks.1.0.in_layers.2.weight"].dim() == 4
+    assert same(
+        convert_ldm_unet_checkpoint(given, dict(network.config)), {k: v.half() for k, v in network.state_dict().items()}
+    )
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_diffusers_own_converter_reads_the_vae(family: str) -> None:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    network = tiny.components(family)["vae"]
+    given = loaded(single(family))
+    assert given["first_stage_model.encoder.mid.attn_1.q.weight"].shape[2:] == (1, 1)
+    assert same(
+        convert_ldm_vae_checkpoint(given, dict(network.config)), {k: v.half() for k, v in network.state_dict().items()}
+    )
+
+
+@pytest.mark.parametrize(("family", "place"), [(family, place) for family in FAMILIES for place in ENCODERS[family]])
+def test_diffusers_own_converters_read_the_text_encoders(family: str, place: str) -> None:
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
+
+    prefix, given = ENCODERS[family][place], loaded(single(family))
+    expected = {
+        name.removeprefix(f"{place}."): value
+        for name, value in tiny.tensors(family).items()
+        if name.startswith(f"{place}.")
+    }
+    if prefix.endswith(".transformer."):
+        text = {name: value for name, value in given.items() if name.startswith(prefix)}
+        found = convert_ldm_clip_checkpoint(text, prefix)
+    else:
+        assert any(name.startswith(f"{prefix}transformer.resblocks.0.attn.in_proj_") for name in given)
+        found = convert_open_clip_checkpoint(tiny.components(family)[place], given, prefix)
+    assert same(found, expected)
+
+
+def original_sd2() -> dict[str, Tensor]:
+    """Return an SD2 single file as it was published: with a last layer, a projection and a schedule."""
+    given = loaded(single("sd2"))
+    last = {n.replace("resblocks.2", "resblocks.3"): v + 1 for n, v in given.items() if "resblocks.2." in n}
+    given |= last | {
+        f"{OPEN_CLIP}text_projection": torch.randn(12, 12).half(),
+        f"{OPEN_CLIP}logit_scale": torch.tensor(4.6),
+    }
+    return given | {"betas": torch.rand(10), "model_ema.decay": torch.tensor(0.5)}
+
+
+def test_what_diffusers_drops_is_kept_as_extras_and_comes_back() -> None:
+    given = original_sd2()
+    folder = spelled(Named(given), DIFFUSERS)
+    extras = [name.removeprefix(f"{EXTRAS}.") for name in folder.specs if name.startswith(EXTRAS)]
+    assert {
+        "betas",
+        "model_ema.decay",
+        "cond_stage_model.model.logit_scale",
+        "cond_stage_model.model.text_projection",
+    } <= set(extras)
+    assert "cond_stage_model.model.transformer.resblocks.3.attn.in_proj_weight" in extras
+    assert len(extras) == 4 + 12
+    assert "text_encoder.text_model.encoder.layers.2.mlp.fc1.weight" in folder.specs
+    assert "text_encoder.text_model.encoder.layers.3.mlp.fc1.weight" not in folder.specs
+    assert same(loaded(spelled(Named(loaded(folder)), SINGLE_FILE)), given)
+
+
+def test_position_ids_are_extras() -> None:
+    name = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+    given = loaded(single("sd1")) | {name: torch.arange(7)[None]}
+    folder = spelled(Named(given), DIFFUSERS)
+    assert f"{EXTRAS}.{name}" in folder.specs
+    assert same(loaded(spelled(Named(loaded(folder)), SINGLE_FILE)), given)
+
+
+def test_the_projection_of_sdxl_s_second_encoder_is_transposed() -> None:
+    given = loaded(single("sdxl"))
+    ours = tiny.tensors("sdxl")["text_encoder_2.text_projection.weight"]
+    assert torch.equal(given["conditioner.embedders.1.model.text_projection"], ours.T)
+    assert not torch.equal(ours, ours.T)
+
+
+@pytest.mark.parametrize("place", ["text_encoder", "text_encoder_2"])
+def test_an_encoder_without_text_model_is_read(place: str) -> None:
+    given = {name.replace(f"{place}.text_model.", f"{place}."): value for name, value in tiny.tensors("sdxl").items()}
+    assert same(loaded(spelled(Named(given), SINGLE_FILE)), loaded(single("sdxl")))
+
+
+def test_a_single_file_without_text_model_is_read() -> None:
+    given = {name.replace(".text_model.", "."): value for name, value in loaded(single("sd1")).items()}
+    assert same(loaded(spelled(Named(given), DIFFUSERS)), tiny.tensors("sd1"))
+
+
+def test_old_names_of_the_vae_s_attention_are_read() -> None:
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    given = {}
+    for name, value in tiny.tensors("sd1").items():
+        for new, before in old.items():
+            if f"mid_block.attentions.0.{new}." in name and name.startswith("vae."):
+                name = name.replace(new, before)  # noqa: PLW2901 - as it was
+        given[name] = value
+    assert "vae.encoder.mid_block.attentions.0.proj_attn.bias" in given
+    assert same(loaded(spelled(Named(given), SINGLE_FILE)), loaded(single("sd1")))
+
+
+def test_the_upsampler_s_place_follows_the_attention() -> None:
+    names = {family: set(single(family).specs) for family in FAMILIES}
+    place = "model.diffusion_model.output_blocks.2.{}.conv.weight"
+    for family, there in names.items():
+        behind = 2 if family == "sdxl" else 1
+        assert place.format(behind) in there
+        assert place.format(3 - behind) not in there
+
+
+def test_a_vae_alone_is_respelled() -> None:
+    given = {name.removeprefix("vae."): value for name, value in tiny.tensors("sd1").items() if name.startswith("vae.")}
+    made = spelled(Named(given), SINGLE_FILE)
+    assert {name.partition(".")[0] for name in made.specs} == {"encoder", "decoder", "quant_conv", "post_quant_conv"}
+    assert same(loaded(spelled(Named(loaded(made)), DIFFUSERS), "vae."), given)
+
+
+@pytest.mark.parametrize("prefix", ["unet.", ""])
+def test_a_unet_alone_is_respelled(prefix: str) -> None:
+    bare = {
+        name.removeprefix("unet."): value for name, value in tiny.tensors("sdxl").items() if name.startswith("unet.")
+    }
+    made = spelled(Named({prefix + name: value for name, value in bare.items()}), SINGLE_FILE)
+    assert all(name.startswith("model.diffusion_model.") for name in made.specs)
+    assert same(loaded(spelled(Named(loaded(made)), DIFFUSERS), "unet."), bare)
+    naked = {name.removeprefix("model.diffusion_model."): value for name, value in loaded(made).items()}
+    assert same(loaded(spelled(Named(naked), DIFFUSERS), "unet."), bare)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_component_has_the_names_of_its_module(family: str) -> None:
+    for place, network in tiny.components(family).items():
+        expected = inside(tiny.tensors(family), f"{place}.")
+        for source in (single(family), Named(tiny.tensors(family))):
+            assert same(loaded(component(source, place)), expected)
+        assert len(expected) == len(network.state_dict())
+
+
+def test_a_component_s_own_file_is_a_component() -> None:
+    bare = {
+        name.removeprefix("unet."): value for name, value in tiny.tensors("sd1").items() if name.startswith("unet.")
+    }
+    assert same(loaded(component(Named(bare), "unet")), bare)
+    with pytest.raises(UnsupportedFile, match="has no text_encoder_2 .*expected one of"):
+        component(single("sd1"), "text_encoder_2")
+
+
+def test_a_safety_checker_is_left_and_said() -> None:
+    given = tiny.tensors("sd1") | {"safety_checker.concept_embeds": torch.ones(3).half()}
+    made = spelled(Named(given), SINGLE_FILE)
+    assert same(loaded(made), loaded(single("sd1")))
+    assert made.notes == ("1 tensors have no place in a single file, among them safety_checker.concept_embeds",)
+
+
+def test_what_is_in_its_spelling_stays_as_it_is() -> None:
+    source = Named(tiny.tensors("sd1"))
+    assert spelled(source, DIFFUSERS) is source
+
+
+def test_other_files_have_no_other_spelling() -> None:
+    with pytest.raises(UnsupportedFile, match="is other, whose other spelling is not known"):
+        spelled(Named({"a.weight": torch.ones(3).half()}), DIFFUSERS)
+
+
+def values(*shape: int) -> Ref:
+    return ref(np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 4), st.data())
+def test_what_is_cut_is_joined_again(shares: list[int], unit: int, data: st.DataObject) -> None:
+    flags = {name: data.draw(st.booleans()) for name in ("swapped", "transposed", "pixel")}
+    rows = unit * sum(shares) * (2 if flags["swapped"] else 1)
+    rule = Rule(tuple(map(str, range(len(shares)))), tuple(shares), **flags)
+    dims = data.draw(st.sampled_from([(), (3,), (3, 1, 1), (3, 3, 3)]))
+    shape = (rows, *dims)
+    if flags["transposed"] and len(shape) == 2:
+        shape = (3, rows)
+    given = values(*shape)
+    parts = rule.cut(given, ".weight")
+    assert [part.shape[0] * sum(shares) for part in parts] == [rows * share for share in shares]
+    if not (flags["pixel"] and len(shape) == 2):
+        assert np.array_equal(array(rule.join(parts, ".weight")), array(given))
+
+
+def test_rows_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(CorruptFile, match="has 7 rows, which are no parts of 1:1:1"):
+        Rule(("q", "k", "v"), (1, 1, 1)).cut(values(7, 2), ".weight")
+    with pytest.raises(CorruptFile, match="has 7 rows, which have no halves"):
+        Rule(("n",), swapped=True).cut(values(7), ".weight")
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    rule = Rule(("q", "k"), (1, 1))
+    with pytest.raises(CorruptFile, match=r"is F32 \[3, 2\].*expected F32 \[4, 2\]"):
+        rule.join([values(4, 2), values(3, 2)], ".weight")
+
+
+def test_a_missing_part_is_named() -> None:
+    given = tiny.tensors("sd2")
+    del given["text_encoder.text_model.encoder.layers.1.self_attn.k_proj.bias"]
+    with pytest.raises(CorruptFile, match=r"has no text_model\.encoder\.layers\.1\.self_attn\.k_proj\.bias beside it"):
+        spelled(Named(given), SINGLE_FILE)
+
+
+def test_two_names_of_one_tensor_are_refused() -> None:
+    given = tiny.tensors("sd1")
+    new = "vae.encoder.mid_block.attentions.0.to_q.bias"
+    given[new.replace("to_q", "query")] = given[new]
+    with pytest.raises(CorruptFile, match="is there twice, under an old and a new name"):
+        spelled(Named(given), SINGLE_FILE)
+
+
+@pytest.mark.parametrize(("factors", "fits"), [((0.5, 0.5), True), ((0.5, 0.25), False)])
+def test_factors_of_joined_weights_must_be_equal(factors: tuple[float, float], fits: bool) -> None:
+    rule = Rule(("q", "k"), (1, 1))
+    refs = [ref(np.array(factor, dtype=np.float32)) for factor in factors]
+    if fits:
+        assert array(rule.join(refs, ".scale_weight")) == 0.5
+        assert rule.cut(refs[0], ".scale_weight") == [refs[0], refs[0]]
+        return
+    with pytest.raises(FormatError, match="factors that differ"):
+        rule.join(refs, ".scale_weight")
+
+
+def test_blocks_are_counted_by_whole_numbers() -> None:
+    names = ["a.1.x", "a.10.x", "a.2", "b.3.x", "a.99999999.x"]
+    assert keymap.count(names, r"a\.(\d+)\.") == 11
+    assert keymap.count(names, r"(?:b|c)\.(\d+)\.|z\.(\d+)") == 4
+    with pytest.raises(FormatError, match="has 9000 blocks of one kind"):
+        keymap.blocks(["a.8999.x"], r"a\.(\d+)\.")
+
+
+def test_names_end_as_their_rule_says() -> None:
+    table: Any = lambda _names: {"a": one("b"), "c.d": Rule(("e.f",), ends=NAKED)}  # noqa: E731
+    known = KeyMap((Component("part", ("old.", "older."), table),))
+    given = {
+        "old.a.weight": values(2),
+        "older.a.scale_weight": values(1),
+        "old.c.d": values(3),
+        "old.c.d.weight": values(2),
+    }
+    made = known.to_folder(given)
+    assert list(made.tensors) == ["part.b.weight", "part.b.scale_weight", "part.e.f.weight", f"{EXTRAS}.old.c.d.weight"]
+    assert made.kept == ["old.c.d.weight"]
+    back = known.to_single(made.tensors)
+    assert list(back.tensors) == ["old.a.weight", "old.a.scale_weight", "old.c.d", "old.c.d.weight"]

@@ -1,0 +1,98 @@
+"""Whole models of every family at toy widths, as diffusers and transformers build them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+    from torch.nn import Module
+
+CONTEXT, WIDE = 12, 16
+_CROSS, _PLAIN = "CrossAttn", ""
+_LEVELS = {
+    "sd1": (_CROSS, _CROSS, _CROSS, _PLAIN),
+    "sd2": (_CROSS, _CROSS, _CROSS, _PLAIN),
+    "sdxl": (_PLAIN, _CROSS, _CROSS),
+    "sdxl-refiner": (_PLAIN, _CROSS, _CROSS, _PLAIN),
+}
+_DEPTHS: dict[str, Any] = {"sdxl": [1, 2, 3], "sdxl-refiner": [1, 2, 2, 1]}
+
+
+def unet(family: str, **config: Any) -> Module:
+    """Return a UNet of SD1, SD2, SDXL or its refiner."""
+    from diffusers import UNet2DConditionModel
+
+    kinds = _LEVELS[family]
+    given: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16, 16, 24)[: len(kinds)],
+        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds),
+        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "cross_attention_dim": CONTEXT,
+    }
+    if family != "sd1":
+        given["use_linear_projection"] = True
+    if family.startswith("sdxl"):
+        ids = 6 if family == "sdxl" else 5
+        given |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+        given |= {
+            "transformer_layers_per_block": _DEPTHS[family],
+            "projection_class_embeddings_input_dim": WIDE + 4 * ids,
+        }
+        given["cross_attention_dim"] = CONTEXT + WIDE if family == "sdxl" else WIDE
+    return UNet2DConditionModel(**{**given, **config})
+
+
+def vae(**config: Any) -> Module:
+    """Return a VAE of four levels."""
+    from diffusers import AutoencoderKL
+
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    widths = {"block_out_channels": (4, 8, 8, 12), "layers_per_block": 2, "norm_num_groups": 2, "sample_size": 32}
+    return AutoencoderKL(**{**kinds, **widths, **config})
+
+
+def clip(width: int, *, layers: int = 3, projected: bool = False) -> Module:
+    """Return a text encoder of CLIP."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=20,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=7,
+    )
+    return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
+
+
+@cache
+def components(family: str) -> Mapping[str, Module]:
+    """Return the parts of a model, by the folders that they are saved in. Not to be changed."""
+    torch.manual_seed(7)
+    found: dict[str, Module] = {"unet": unet(family), "vae": vae()}
+    if family in ("sd1", "sd2", "sdxl"):
+        found["text_encoder"] = clip(CONTEXT)
+    if family.startswith("sdxl"):
+        found["text_encoder_2"] = clip(WIDE, projected=True)
+    return found
+
+
+def tensors(family: str) -> dict[str, Tensor]:
+    """Return the tensors of a model in half precision, as in a folder: ``component.key``, CLIP's with ``text_model.``."""
+    found: dict[str, Tensor] = {}
+    for component, module in components(family).items():
+        for key, value in module.state_dict().items():
+            bare = component == "text_encoder" and not key.startswith("text_")
+            found[f"{component}.{'text_model.' if bare else ''}{key}"] = value.half()
+    return found
