@@ -8,6 +8,7 @@ from sdformats.errors import FormatError, UnknownFormat, UnsupportedFile
 from sdformats.folder import FolderSource, open_folder, open_index
 from sdformats.folder_sink import FolderSink
 from sdformats.pickle import looks_like_pickle, open_pickle
+from sdformats.png import SIGNATURE, PngSource
 from sdformats.positional import InputFile
 from sdformats.safetensors import SafetensorsSink, SafetensorsSource, looks_like_safetensors
 from sdformats.torch_pickle import flat
@@ -34,7 +35,7 @@ _NAMED = (
     (b"{", UnknownFormat, "is JSON, not a model", "give the weights, not their config"),
     (b"[", UnknownFormat, "is JSON, not a model", "give the weights, not their config"),
     (b"GGUF", UnsupportedFile, "is a GGUF file (quantised weights)", "use the safetensors it was made from"),
-    (b"\x89PNG", UnsupportedFile, "is a PNG picture", "embeddings inside pictures are not read yet"),
+    (b"\x89PNG", UnknownFormat, "begins as a PNG picture and is none", "download or copy it again"),
     (b"\x89HDF", UnsupportedFile, "is an HDF5 file", "use the safetensors or .ckpt of the model"),
     (b"\x1f\x8b", UnsupportedFile, "is compressed with gzip", "unpack it first"),
     (b"7z\xbc\xaf", UnsupportedFile, "is a 7z archive", "unpack it first"),
@@ -117,6 +118,8 @@ def _open_weights(file: InputFile) -> TensorSource:
         return SafetensorsSource(file)
     if looks_like_zip(head) or looks_like_pickle(head):
         return open_pickle(file)
+    if head.startswith(SIGNATURE):
+        return PngSource(file)
     if head[8:9] == b"{" and head[3:8] == bytes(5):  # a safetensors header that its file does not hold
         return SafetensorsSource(file)
     raise _explain(file, head)

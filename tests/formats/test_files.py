@@ -22,6 +22,7 @@ from sdformats import files as door
 from sdformats.errors import CorruptFile, FormatError, UnknownFormat, UnsupportedFile
 from sdformats.files import create_sink, open_source
 from sdformats.positional import InputFile
+from tests.formats.png.pictures import with_chunks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +69,7 @@ NO_MODEL = {
     "json": (b'{"architectures": ["CLIPTextModel"]}', UnknownFormat, "JSON"),
     "json with a mark in front": (b"\xef\xbb\xbf" + b'{"a": 1}' + b" " * 80, UnknownFormat, "JSON"),
     "json list": (b'[{"file": "x"}]' + b" " * 80, UnknownFormat, "JSON"),
-    "png": (b"\x89PNG\r\n\x1a\n" + bytes(100), UnsupportedFile, "PNG"),
+    "png": (with_chunks(), UnsupportedFile, "PNG picture without an embedding"),
     "tar": (tar(), UnsupportedFile, "tar"),
     "gzip": (b"\x1f\x8b\x08" + bytes(100), UnsupportedFile, "gzip"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(100), UnsupportedFile, "7z"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sdformats.errors import FormatError, UnknownFormat, UnsupportedFile
+from sdformats.errors import FormatError, UnknownFormat
 from sdformats.files import open_source
 from sdformats.layout import detect
 from sdformats.tensor import DType, Spec
@@ -30,7 +30,6 @@ KINDS = {"lora": "adapter", "lycoris": "adapter", "ti": "embedding", "aesthetic"
 OWN_KINDS = {"106_fooocus_inpaint_head.pth": "inpaint-head"}
 FAMILIES = {"sd1-inpaint": "sd1"}
 REFUSED: dict[str, tuple[type[FormatError], str]] = {
-    "083_a1111-test_embedding.png": (UnsupportedFile, "PNG"),
     "118_lfs-pointer.safetensors": (UnknownFormat, "git-lfs pointer"),
     "119_two-byte.safetensors": (UnknownFormat, "2 bytes"),
 }
