@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import sdkernels
@@ -79,6 +79,8 @@ class Call:
         values: the parameters' values for this tensor.
         name: the tensor's name in the output.
         operands: the models, and the base model last where `based`.
+        beside: other tensors that the method must see, by name, each for every operand.
+        family: what the first model is, where that is known.
     """
 
     method: Method
@@ -86,6 +88,8 @@ class Call:
     name: str
     operands: tuple[Expression, ...]
     based: bool
+    beside: Mapping[str, tuple[Expression, ...]] = field(default_factory=dict)
+    family: str | None = None
 
     @property
     def elementwise(self) -> bool:
@@ -122,13 +126,19 @@ class Call:
         return self.method.function(*given, **extra)
 
     def _arguments(self, tensors: Sequence[Tensor], start: int) -> tuple[list[Tensor], dict[str, Any]]:
-        given = [operand(tensors, start) for operand in self.operands]
-        if not self.method.mixed:
-            wide = sdkernels.cast.accumulator(*(x.dtype for x in given))
-            given = [x.to(wide) for x in given]
+        given = self._widened([operand(tensors, start) for operand in self.operands])
         extra = dict(self.values)
         if self.based:
             extra["base"] = given.pop()
         if self.method.takes_place:
-            extra["place"] = Place(self.name, start)
+            extra["place"] = Place(self.name, start, self.family)
+        if self.method.siblings is not None:
+            seen = {name: self._widened([one(tensors, 0) for one in ones]) for name, ones in self.beside.items()}
+            extra["beside"] = [{name: ones[i] for name, ones in seen.items()} for i in range(len(self.operands))]
         return given, extra
+
+    def _widened(self, given: list[Tensor]) -> list[Tensor]:
+        if self.method.mixed:
+            return given
+        wide = sdkernels.cast.accumulator(*(x.dtype for x in given))
+        return [x.to(wide) for x in given]

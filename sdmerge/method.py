@@ -5,6 +5,7 @@ Positional parameters are models, in order (``*tensors`` is any number of them).
 - ``base``: the base model's tensor; with a default of None the base model may be left out;
 - ``measured``: what the method's ``measure`` found in whole tensors, when it is given blocks; None in a plain call;
 - ``place``: a `Place`, for methods that depend on which tensor and which elements they see (random ones, above all);
+- ``beside``: for each model, its other tensors that the method's ``siblings`` asks for, by name;
 - anything else: a parameter, annotated ``Annotated[type, Param("help", low, high)]``. The type is float, int, bool, str
   or ``tuple[float, ...]`` (one number for each model; a single one counts for all).
 
@@ -26,9 +27,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args, get_origin, 
 from sdmerge.errors import RequestError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from torch import Tensor
+
+    Siblings = Callable[[str, Collection[str]], tuple[str, ...] | None]
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -40,10 +43,12 @@ class Place:
     Attributes:
         name: the tensor's name in the output.
         start: index, in the flattened tensor, of the first element of the block; 0 for a whole tensor.
+        family: the first model's, where it is known.
     """
 
     name: str
     start: int = 0
+    family: str | None = None
 
 
 @runtime_checkable
@@ -169,6 +174,8 @@ class Method:
             all others are given float32 (float64 where a model is stored so).
         measure: finds what an otherwise elementwise method needs to know of whole tensors (thresholds, lengths); it takes
             the same models, base and parameters as the function, which is then given blocks and the result as ``measured``.
+        siblings: takes a tensor's name and the names of all tensors of the first model, and returns those that the method
+            must see beside it; None where the method is not for this tensor, which is then the first model's.
         propagates: whether NaN or infinity in any input always shows in the result, so that checking the result is enough.
     """
 
@@ -183,6 +190,7 @@ class Method:
     mixed: bool
     propagates: bool
     measure: Callable[..., Any] | None = None
+    siblings: Siblings | None = None
 
     @property
     def summary(self) -> str:
@@ -282,6 +290,7 @@ def method(
     propagates: bool = False,
     at_least: int = 2,
     measure: Callable[..., Any] | None = None,
+    siblings: Siblings | None = None,
 ) -> Callable[[F], F]:
     """Register a function as a merge method; see the module's docstring and `Method`."""
 
@@ -291,7 +300,8 @@ def method(
         models = tuple(n for n, p in signature.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
         base = keyword.pop("base", None)
         place = keyword.pop("place", None)
-        keyword.pop("measured", None)
+        for given in ("measured", "beside"):
+            keyword.pop(given, None)
         METHODS[function.__name__] = Method(
             name=function.__name__,
             function=function,
@@ -300,10 +310,11 @@ def method(
             at_least=len(models) or at_least,
             takes_place=place is not None,
             parameters=tuple(_parameter(name, p) for name, p in keyword.items()),
-            elementwise=elementwise and measure is None,
+            elementwise=elementwise and measure is None and siblings is None,
             mixed=mixed,
             propagates=propagates,
             measure=measure,
+            siblings=siblings,
         )
         return function
 

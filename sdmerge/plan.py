@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     Opened = tuple[TensorSource, Detection]
     OpenedAdapter = tuple[TensorSource, Adapter]
 
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of one of the models, among a step's reads."""
+
+    model: str
+    name: str
+
+
 _JOINT = re.compile(r"(?:joint_blocks|(?<!single_)transformer_blocks)\.(\d{1,3})\.")
 
 
@@ -137,12 +146,14 @@ class _Builder:
         if isinstance(made, Leaf):
             why = "copy" if isinstance(merge, Model) else "keep"
             return policy.copy_step(name, first, self.options, self.notes, why=why)
-        models = {label: read for label, read in reads.items() if isinstance(label, str)}
+        models = {one.model: read for one, read in reads.items() if isinstance(one, _Tensor) and one.name == name}
         step = policy.merge_step(name, tuple(models), tuple(models.values()), made, self.options, self.notes)
         if len(models) == len(reads):
             return step
         if step.compute is not made:
-            raise MismatchError(f"{name!r}: has different widths in the models, and cannot have adapters baked in")
+            raise MismatchError(
+                f"{name!r}: has different widths in the models, and cannot be computed from more than these"
+            )
         return replace(
             step, reads=tuple(reads.values()), whole=True, why="bake" if isinstance(merge, Model) else step.why
         )
@@ -153,8 +164,9 @@ class _Builder:
             read = self.views[node.id].tensors.get(name)
             if read is None:
                 return None
-            reads.setdefault(node.id, read)
-            index = list(reads).index(node.id)
+            one = _Tensor(node.id, name)
+            reads.setdefault(one, read)
+            index = list(reads).index(one)
             added = self.baking.get(node, {}).get(name)
             return Leaf(index) if not added else _baked(index, added, reads)
         before = dict(reads)
@@ -166,12 +178,37 @@ class _Builder:
         absent = [str(operand) for operand, one in zip(node.operands[1:], others, strict=True) if one is None]
         if not absent:
             operands = (first, *(one for one in others if one is not None))
-            return Call(node.method, node.at(name, self.table), name, operands, node.based)
+            return self._call(name, node, operands, reads)
         mine = self.views[next(leaves(node))].tensors[name]
         kept = policy.keeps_missing(name, mine, " and ".join(absent), self.options, self.notes)
         reads.clear()  # what was read for nothing
         reads.update(after_first if kept else before)
         return first if kept else None
+
+    def _call(
+        self, name: str, node: Merge, operands: tuple[Expression, ...], reads: dict[object, Read]
+    ) -> Expression | None:
+        """Return the call of a method, with the other tensors that it must see, or what it leaves as it is."""
+        beside: dict[str, tuple[Expression, ...]] = {}
+        if node.method.siblings is not None:
+            named = node.method.siblings(name, self.views[next(leaves(node))].tensors)
+            if named is None:
+                return operands[0]
+            for other in named:
+                beside[other] = tuple(self._sibling(other, operand, reads) for operand in node.operands)
+        family = self.options.family or next(iter(self.views.values())).detection.family
+        return Call(node.method, node.at(name, self.table), name, operands, node.based, beside, family)
+
+    def _sibling(self, name: str, node: Model | Merge, reads: dict[object, Read]) -> Expression:
+        found = self._expression(name, node, reads)
+        if found is None:
+            raise MismatchError(
+                f"{name!r}: is missing in {node}, and without it the tensors beside it cannot be merged"
+            )
+        for one, read in reads.items():
+            if isinstance(one, _Tensor) and one.name == name and read.spec.dtype not in policy.COMPUTABLE:
+                raise MismatchError(f"{read}: is {read.spec}, a type that cannot be merged")
+        return found
 
 
 def _baked(index: int, added: Sequence[Contribution], reads: dict[object, Read]) -> Expression:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import sdkernels
+from sdmerge.attention import siblings
 from sdmerge.method import Place, find
 
 if TYPE_CHECKING:
@@ -299,6 +300,45 @@ def test_truncate_rank(shape: tuple[int, ...], rank: int) -> None:
     agree(ours("truncate_rank", a, base=base, rank=rank), base + change)
 
 
+def attention(kind: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of an attention of SDXL with two heads, in the order in which sd-mecha takes them."""
+    names = {
+        "unet": ("to_k.weight", "to_out.0.weight", "to_q.weight", "to_v.weight"),
+        "clip_l": (
+            "k_proj.bias", "k_proj.weight", "out_proj.weight",
+            "q_proj.bias", "q_proj.weight", "v_proj.bias", "v_proj.weight",
+        ),
+        "clip_g": ("in_proj_bias", "in_proj_weight", "out_proj.weight"),
+    }[kind]  # fmt: skip
+    stem = {
+        "unet": "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.",
+        "clip_l": "conditioner.embedders.0.transformer.text_model.encoder.layers.3.self_attn.",
+        "clip_g": "conditioner.embedders.1.model.transformer.resblocks.7.attn.",
+    }[kind]
+    source = torch.Generator().manual_seed(len(kind))
+    found = {}
+    for name in names:
+        rows = 384 if "in_proj" in name else 128
+        shape = (rows,) if name.endswith("bias") else (rows, 128)
+        found[stem + name] = torch.randn(shape, generator=source, dtype=torch.float64)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["unet", "clip_l", "clip_g"])
+def test_balance_attention(kind: str) -> None:
+    """Theirs exchanges the energies, which is our α = 1."""
+    from sd_mecha.extensions.builtin.merge_methods.balance_attention import algorithms, sdxl_sgm
+
+    tensors = attention(kind)
+    q, k, v, out = sdxl_sgm.extract_qkvo_sdxl_sgm(tensors, tuple(tensors))
+    made = (*algorithms.balance_head_energy(q, k), *algorithms.balance_head_energy(v, out))
+    expected = sdxl_sgm.return_qkvo_sdxl_sgm(*made, tuple(tensors))
+    for name, x in tensors.items():
+        beside = [{other: tensors[other] for other in siblings(name, tensors) or ()}]
+        place = Place(name, 0, "sdxl")
+        agree(find("balance_attention").function(x, beside=beside, place=place, alpha=1.0), expected[name])
+
+
 def test_nothing_of_theirs_is_forgotten() -> None:
     """Every method of sd-mecha's that computes on tensors is compared above, or named here with the reason."""
     compared = {
@@ -306,12 +346,12 @@ def test_nothing_of_theirs_is_forgotten() -> None:
         "add_opposite_mask", "add_strict_opposite_mask", "geometric_sum", "multiply_quotient", "clamp", "add_cosine_a",
         "add_cosine_b", "crossover", "top_k_tensor_sum", "tensor_sum", "copy_region", "truncate_rank", "rotate", "ties_sum",
         "ties_sum_with_dropout", "model_stock", "geometric_median", "dropout", "add_difference", "add_perpendicular",
-        "add_difference_ties", "add_ties_with_dare", "n_model_stock",
+        "add_difference_ties", "add_ties_with_dare", "n_model_stock", "balance_attention",
     }  # fmt: skip
     otherwise = {
         "ties_sum_extended", "add_difference_ties_extended",  # its model stock switch is turned round
         "exchange_ema",  # which weights are read, not how they are merged
-        "rebasin", "randperm", "balance_attention",  # several tensors of one model at a time
+        "rebasin", "randperm",  # permutations of a whole network
         "get_rank_from_ratio",  # a number, not a tensor
         "fallback", "cast", "get_dtype", "get_device", "pick_component", "omit_component", "stack", "omit_non_finite",
         "cast_dtype_map", "cast_dtype_map_reversed",  # its own plumbing

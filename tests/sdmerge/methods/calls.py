@@ -31,6 +31,8 @@ def call(name: str, tensors: list[Tensor], base: Tensor | None = None, **values:
         extra["base"] = base
     if method.takes_place:
         extra["place"] = PLACE
+    if method.siblings is not None:
+        extra["beside"] = [{} for _ in tensors]
     return method.function(*tensors, **extra)
 
 
