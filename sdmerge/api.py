@@ -202,6 +202,10 @@ def convert(
     Raises:
         See `add_difference`; `sdformats.adapters.errors.CannotHold` where the layout has no place for something.
     """
+    from sdmerge.small_files import convert_small, is_small
+
+    if is_small(Path(source), Options(**options)):
+        return convert_small(Path(source), Path(output), to, Options(**options))
     if to is None:
         if form is not None or adapter_config is not None or base is not None or allow_loss:
             raise RequestError("these options are for adapters: name the layout to convert to, with to (--to)")

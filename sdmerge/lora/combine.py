@@ -24,13 +24,14 @@ from sdmerge.execute import no_collection
 from sdmerge.lora import terms as sums
 from sdmerge.lora.algebra import record_type
 from sdmerge.lora.budget import Limit
-from sdmerge.lora.convert import layout_for, mapped, metadata_of, plan_of, write_adapter
+from sdmerge.lora.convert import layout_for, mapped
 from sdmerge.lora.factors import Spectrum, WholeSpectrum, spectrum_of
 from sdmerge.lora.refs import fold
 from sdmerge.lora.shrink import Piece, Shrunk, shrink
 from sdmerge.lora.terms import Product, Term
 from sdmerge.method import Place, find
 from sdmerge.policy import Notes
+from sdmerge.writing import metadata_of, plan_of, write_out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -174,7 +175,7 @@ class _Work:
         adapter = self._adapter(plain, {path: one.record for path, one in shrunk.items() if one.record is not None})
         written = self._written(adapter)
         plan = plan_of(written, sources, self.family, self._notes(adapter, shrunk))
-        report = write_adapter(plan, written, target, self.options, started, label)
+        report = write_out(plan, written, target, self.options, started, label)
         if self.wanted.report is not None and not self.options.dry_run:
             text = json.dumps(_described(adapter, shrunk), indent=1)
             self.wanted.report.write_text(text + "\n", encoding="utf-8")

@@ -14,29 +14,26 @@ from sdformats.adapters.layouts import LAYOUTS
 from sdformats.adapters.names import kernel_of
 from sdformats.adapters.reading import check_holds, needs_of
 from sdformats.files import open_source
-from sdformats.folder_sink import FolderSink
-from sdformats.safetensors import SafetensorsSink
 from sdmerge.errors import RequestError, nearest
-from sdmerge.execute import no_collection, report_of, write_plans
+from sdmerge.execute import no_collection
 from sdmerge.lora.algebra import as_full, as_lora
 from sdmerge.lora.places import Places
-from sdmerge.lora.refs import fold, in_type, step_of
+from sdmerge.lora.refs import fold, in_type
 from sdmerge.policy import Notes
-from sdmerge.step import Plan, ordered
+from sdmerge.writing import plan_of, write_out
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from sdformats.adapters.adapter import Adapter
     from sdformats.adapters.layout import AdapterLayout, Written
     from sdformats.adapters.record import Record
-    from sdformats.tensor import Spec, TensorSink, TensorSource
+    from sdformats.tensor import TensorSource
     from sdmerge.execute import Report
     from sdmerge.options import Form, Options
+    from sdmerge.step import Plan
 
 _BY_FAMILY = {"sdxl": "kohya-sgm", "sdxl-refiner": "kohya-sgm", "flux": "flux-kohya", "sd3": "sd3-kohya"}
-_OF_OLD_BYTES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +91,7 @@ def convert_adapter(source: Path, target: Path, conversion: Conversion, options:
             opened = stack.enter_context(open_source(source))
             base = stack.enter_context(open_source(conversion.base)) if conversion.base is not None else None
             plan, written = _planned(opened, base, layout, conversion, options)
-        return write_adapter(plan, written, target, options, started, "converting")
-
-
-def write_adapter(plan: Plan, written: Written, target: Path, options: Options, started: float, label: str) -> Report:
-    """Write what a layout made of an adapter; in a dry run, say what would be.
-
-    Raises:
-        sdmerge.errors.RequestError: the output's name is not one for this layout.
-        sdformats.errors.FormatError, sdmerge.errors.ValueRefused: as reading and writing do.
-    """
-    check_target(target, folder=bool(written.texts))
-    if options.dry_run:
-        return report_of(plan, target, started)
-    make_sink = partial(_sink, texts=written.texts, overwrite=options.overwrite)
-    return write_plans([plan], [metadata_of(written.metadata)], [target], options, started, label, make_sink)[0]
+        return write_out(plan, written, target, options, started, "converting")
 
 
 def _planned(
@@ -187,40 +170,3 @@ def _without_loss(layout: AdapterLayout, adapter: Adapter, notes: Notes) -> Adap
     if not modules and not embeddings:
         raise CannotHold(f"the layout {layout.name} can hold nothing of it", advice="choose another with --to")
     return replace(adapter, modules=modules, embeddings=embeddings)
-
-
-def plan_of(written: Written, sources: tuple[TensorSource, ...], family: str | None, notes: Notes) -> Plan:
-    """Return the plan that writes what a layout made."""
-    steps = [step_of(name, ref) for name, ref in written.tensors.items()]
-    return Plan(ordered(steps, sources), tuple(written.tensors), sources, notes.lines(), family)
-
-
-def metadata_of(texts: Mapping[str, str]) -> dict[str, str]:
-    """Return the output's metadata: what is known, but for hashes of the old bytes."""
-    return {key: value for key, value in texts.items() if key not in _OF_OLD_BYTES} | {"format": "pt"}
-
-
-def check_target(target: Path, *, folder: bool) -> None:
-    """Refuse a name that does not fit the container.
-
-    Raises:
-        RequestError: so it is.
-    """
-    if not folder and target.suffix != ".safetensors":
-        raise RequestError(f"{target}: outputs are safetensors files (expected a name that ends in .safetensors)")
-    if folder and target.suffix:
-        raise RequestError(f"{target}: this layout is a folder (expected a name without an ending)")
-
-
-def _sink(
-    target: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], *, texts: Mapping[str, str], overwrite: bool
-) -> TensorSink:
-    if not texts:
-        return SafetensorsSink(target, specs, metadata, overwrite=overwrite)
-    return FolderSink(target, specs, metadata, None, place=_file_and_name, texts=texts, overwrite=overwrite)
-
-
-def _file_and_name(name: str) -> tuple[str, str]:
-    """Take ``folder/file.safetensors/tensor`` apart."""
-    file, _, key = name.partition(".safetensors/")
-    return f"{file}.safetensors", key

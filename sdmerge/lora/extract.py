@@ -25,7 +25,7 @@ from sdformats.tensor import DType, Spec
 from sdkernels import philox, subspace
 from sdmerge.errors import FamilyError, RequestError
 from sdmerge.execute import no_collection
-from sdmerge.lora.convert import layout_for, metadata_of, plan_of, write_adapter
+from sdmerge.lora.convert import layout_for
 from sdmerge.lora.held import Held
 from sdmerge.lora.layers import Layer, bias_of, is_noise, layers_of
 from sdmerge.lora.places import Places
@@ -33,6 +33,7 @@ from sdmerge.lora.refs import fold
 from sdmerge.lora.shrink import Form, each, fitting
 from sdmerge.lora.texts import adapter_texts
 from sdmerge.policy import Notes
+from sdmerge.writing import metadata_of, plan_of, write_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -349,7 +350,7 @@ def extract(wanted: Extraction, options: Options) -> list[Report]:
         for (adapter, _), (target, _) in zip(made, wanted.outputs, strict=True):
             written = work.written(adapter)
             plan = plan_of(written, tuple(sources), tuned.family, work.notes)
-            reports.append(write_adapter(plan, written, target, options, started, "writing"))
+            reports.append(write_out(plan, written, target, options, started, "writing"))
     if not options.dry_run:
         if wanted.report is not None:
             wanted.report.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

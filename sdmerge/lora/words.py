@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from sdformats.adapters import open_adapter
 from sdformats.adapters.layout import Written
 from sdformats.files import open_source
-from sdmerge.lora.convert import plan_of, write_adapter
 from sdmerge.policy import Notes
+from sdmerge.writing import plan_of, write_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,5 +47,5 @@ def write_words(adapters: Sequence[Path], output: Path, options: Options) -> tup
                 if not options.dry_run:
                     written = Written(tensors, {})
                     plan = plan_of(written, (source,), adapter.family, Notes())
-                    write_adapter(plan, written, target, options, time.perf_counter(), "writing")
+                    write_out(plan, written, target, options, time.perf_counter(), "writing")
     return tuple(notes)

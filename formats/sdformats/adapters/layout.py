@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sdformats.adapters.fused import Fold
     from sdformats.adapters.naming import Naming
     from sdformats.tensor import Spec, TensorSource
+    from sdformats.torch_pickle import Tree
     from sdformats.views import Ref
 
 Config = Mapping[str, Any]
@@ -39,18 +40,20 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class Written:
-    """What a layout makes of an adapter.
+    """What a layout makes of an adapter or of another small file.
 
     Attributes:
         tensors: by name, in order.
         metadata: texts beside them.
         texts: files beside the weights, by name; where there are any, the output is a folder, and tensors are
             named ``file/name``.
+        tree: how tensors and values are arranged in a file for torch; None: the layout knows none.
     """
 
     tensors: Mapping[str, Ref]
     metadata: Mapping[str, str]
     texts: Mapping[str, str] = field(default_factory=dict)
+    tree: Tree = None
 
 
 @dataclass(frozen=True, kw_only=True)

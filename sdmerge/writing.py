@@ -1,0 +1,80 @@
+"""Write what a layout made of an adapter or of another small file, in the container that the output's name asks for."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from sdformats.folder_sink import FolderSink
+from sdformats.safetensors import SafetensorsSink
+from sdformats.torch_sink import SUFFIXES as TORCH_SUFFIXES
+from sdformats.torch_sink import TorchZipSink
+from sdmerge.errors import RequestError
+from sdmerge.execute import report_of, write_plans
+from sdmerge.lora.refs import step_of
+from sdmerge.step import Plan, ordered
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from sdformats.adapters.layout import Written
+    from sdformats.tensor import Spec, TensorSink, TensorSource
+    from sdmerge.execute import Report
+    from sdmerge.options import Options
+    from sdmerge.policy import Notes
+
+_OF_OLD_BYTES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+
+
+def plan_of(written: Written, sources: tuple[TensorSource, ...], family: str | None, notes: Notes) -> Plan:
+    """Return the plan that writes what a layout made."""
+    steps = [step_of(name, ref) for name, ref in written.tensors.items()]
+    return Plan(ordered(steps, sources), tuple(written.tensors), sources, notes.lines(), family)
+
+
+def metadata_of(texts: Mapping[str, str]) -> dict[str, str]:
+    """Return the output's metadata: what is known, but for hashes of the old bytes."""
+    return {key: value for key, value in texts.items() if key not in _OF_OLD_BYTES} | {"format": "pt"}
+
+
+def write_out(plan: Plan, written: Written, target: Path, options: Options, started: float, label: str) -> Report:
+    """Write what a layout made; in a dry run, say what would be.
+
+    Raises:
+        sdmerge.errors.RequestError: the output's name is not one for this layout.
+        sdformats.errors.FormatError, sdmerge.errors.ValueRefused: as reading and writing do.
+    """
+    _check_target(target, written)
+    if options.dry_run:
+        return report_of(plan, target, started)
+    make_sink = partial(_sink, written=written, overwrite=options.overwrite)
+    return write_plans([plan], [metadata_of(written.metadata)], [target], options, started, label, make_sink)[0]
+
+
+def _check_target(target: Path, written: Written) -> None:
+    """Refuse a name that does not fit the container."""
+    if written.texts:
+        if target.suffix:
+            raise RequestError(f"{target}: this layout is a folder (expected a name without an ending)")
+        return
+    endings = (".safetensors", *(TORCH_SUFFIXES if written.tree is not None else ()))
+    if target.suffix.lower() not in endings:
+        raise RequestError(f"{target}: cannot be written (expected a name that ends in {' or '.join(endings)})")
+
+
+def _sink(
+    target: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], *, written: Written, overwrite: bool
+) -> TensorSink:
+    if written.texts:
+        texts = written.texts
+        return FolderSink(target, specs, metadata, None, place=_file_and_name, texts=texts, overwrite=overwrite)
+    if target.suffix.lower() in TORCH_SUFFIXES:
+        return TorchZipSink(target, specs, written.tree, overwrite=overwrite)
+    return SafetensorsSink(target, specs, metadata, overwrite=overwrite)
+
+
+def _file_and_name(name: str) -> tuple[str, str]:
+    """Take ``folder/file.safetensors/tensor`` apart."""
+    file, _, key = name.partition(".safetensors/")
+    return f"{file}.safetensors", key
