@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from sdformats.adapters.adapter import Adapter
+    from sdformats.hypernetwork import Hypernetwork
     from sdformats.layout import Detection
     from sdformats.tensor import Spec, TensorSink, TensorSource
     from sdmerge.options import Options
@@ -156,18 +157,25 @@ def check_decided(seen: Detection, path: Path) -> None:
         raise RequestError(f"{path}: {seen.warnings[0]}")
 
 
-def open_adapter_of(stack: ExitStack, path: Path) -> tuple[TensorSource, Adapter]:
-    """Open an adapter for as long as `stack` lives."""
+def open_adapter_of(stack: ExitStack, path: Path) -> tuple[TensorSource, Adapter | Hypernetwork]:
+    """Open an adapter, or a hypernetwork, for as long as `stack` lives."""
     from sdformats.adapters import open_adapter
+    from sdformats.hypernetwork import read_hypernetwork
 
     source = stack.enter_context(open_source(path))
+    if detect(source.specs, metadata=source.metadata).kind == "hypernetwork":
+        return source, read_hypernetwork(source)
     return source, open_adapter(source)[0]
 
 
 def _check_output(target: Path, plan: Plan, options: Options) -> None:
     """Refuse early what the sink would refuse late, and an output that is also an input."""
     folder = plan.sources[0].container == "folder"
-    if not folder and target.suffix != ".safetensors":
+    if plan.small is not None:
+        from sdmerge.writing import check_target
+
+        check_target(target, plan.small)
+    elif not folder and target.suffix != ".safetensors":
         raise RequestError(f"{target}: outputs are safetensors files (expected a name that ends in .safetensors)")
     try:
         there = target.stat()
@@ -210,11 +218,14 @@ def write_plans(
         make_sink: begins an output; None: a folder where the first input is one, else one file.
     """
     from sdmerge.run import run
+    from sdmerge.writing import sink_of_small
 
     with ExitStack() as stack:
-        outputs = []
+        outputs: list[tuple[Plan, TensorSink]] = []
         for plan, texts, target in zip(plans, metadata, targets, strict=True):
-            if make_sink is None:
+            if make_sink is None and plan.small is not None:
+                sink = sink_of_small(target, plan.specs, texts, plan.small, overwrite=options.overwrite)
+            elif make_sink is None:
                 sink = create_sink(target, plan.specs, texts, like=plan.sources[0], overwrite=options.overwrite)
             else:
                 sink = make_sink(target, plan.specs, texts)

@@ -11,12 +11,14 @@ from sdmerge.errors import FamilyError, MismatchError
 from sdmerge.expression import Call, Leaf
 from sdmerge.recipe import Model, leaves
 from sdmerge.recipe import models as models_of
+from sdmerge.small_merge import merged_small
 from sdmerge.step import Plan, Read, Step, ordered
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from sdformats.adapters.adapter import Adapter
+    from sdformats.hypernetwork import Hypernetwork
     from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
     from sdmerge.blocks import Table
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from sdmerge.recipe import Merge, Recipe
 
     Opened = tuple[TensorSource, Detection]
-    OpenedAdapter = tuple[TensorSource, Adapter]
+    OpenedAdapter = tuple[TensorSource, Adapter | Hypernetwork]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ def plan_merge(
         SdmergeError: the models do not fit together; nothing has been written.
     """
     notes = policy.Notes()
+    small = merged_small(models, recipe)
     views = {name: policy.view(name, *models[name], options, notes) for name in recipe.ids}
     in_order = tuple(views.values())
     policy.check_together(in_order, options, notes)
@@ -80,7 +83,8 @@ def plan_merge(
         steps.update(policy.vae_steps(first.tensors, given, first, options, notes))
         sources.append(source)
     sources += [source for source, _ in (adapters or {}).values()]
-    return _finish(steps, tuple(sources), notes, first.detection, options)
+    plan = _finish(steps, tuple(sources), notes, first.detection, options)
+    return replace(plan, small=small)
 
 
 def _baking(
@@ -96,13 +100,20 @@ def _baking(
     for model in models_of(recipe.merge):
         if not model.adapters or model in found:
             continue
+        from sdformats.hypernetwork import Hypernetwork
+        from sdmerge.hypernetworks import check_plain
         from sdmerge.lora.bake import contributions, strength_of
 
         view = views[model.id]
         added = [(adapters[one.id][1], strength_of(one.strength, blocks)) for one in model.adapters]
         found[model] = contributions(view.source, options.family or view.detection.family, added)
         for one, (adapter, _) in zip(model.adapters, added, strict=True):
-            notes.add(f"{one.id}: {len(adapter.modules):,} modules baked into {model.id}")
+            if isinstance(adapter, Hypernetwork):
+                check_plain(view)
+                what = f"a linear hypernetwork of {len(adapter.networks)} widths folded"
+            else:
+                what = f"{len(adapter.modules):,} modules baked"
+            notes.add(f"{one.id}: {what} into {model.id}")
             for note in adapter.notes:
                 notes.add(f"{one.id}: {note}")
     return found
@@ -149,7 +160,7 @@ class _Builder:
         models = {one.model: read for one, read in reads.items() if isinstance(one, _Tensor) and one.name == name}
         step = policy.merge_step(name, tuple(models), tuple(models.values()), made, self.options, self.notes)
         if len(models) == len(reads):
-            return step
+            return replace(step, why="bake") if isinstance(merge, Model) else step
         if step.compute is not made:
             raise MismatchError(
                 f"{name!r}: has different widths in the models, and cannot be computed from more than these"

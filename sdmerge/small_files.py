@@ -1,9 +1,8 @@
-"""Convert the small files that are no adapters: hypernetworks and the like. Each kind is read and written by its format's module."""
+"""Convert small files that are no adapters: hypernetworks and the like. Each kind is read and written by its format's module."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from sdmerge.policy import Notes
 from sdmerge.writing import plan_of, write_out
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from sdformats.adapters.layout import Written
@@ -86,5 +86,7 @@ def _written(opened: TensorSource, seen: Detection, to: str | None) -> Written:
     wanted = to or seen.spelling or ""
     if wanted not in form.writers:
         known = ", ".join(form.writers)
-        raise RequestError(f"{wanted!r} is no layout of {seen.kind} files (expected {known}){nearest(wanted, form.writers)}")
+        raise RequestError(
+            f"{wanted!r} is no layout of {seen.kind} files (expected {known}){nearest(wanted, form.writers)}"
+        )
     return form.writers[wanted](record)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sdformats.adapters.layout import Written
     from sdformats.tensor import Spec, TensorSource
 
 
@@ -79,6 +80,7 @@ class Plan:
         names: the output's tensors, in the order in which they will be listed.
         notes: what was decided on the way that the user should know.
         family: what the output is, where that is known.
+        small: what else an output that is no model holds, and how it is arranged.
     """
 
     steps: tuple[Step, ...]
@@ -87,6 +89,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     family: str | None = None
     variant: str | None = None
+    small: Written | None = None
     specs: Mapping[str, Spec] = field(init=False)
 
     def __post_init__(self) -> None:

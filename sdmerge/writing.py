@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,6 @@ from sdmerge.lora.refs import step_of
 from sdmerge.step import Plan, ordered
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from sdformats.adapters.layout import Written
@@ -45,15 +46,19 @@ def write_out(plan: Plan, written: Written, target: Path, options: Options, star
         sdmerge.errors.RequestError: the output's name is not one for this layout.
         sdformats.errors.FormatError, sdmerge.errors.ValueRefused: as reading and writing do.
     """
-    _check_target(target, written)
+    check_target(target, written)
     if options.dry_run:
         return report_of(plan, target, started)
     make_sink = partial(_sink, written=written, overwrite=options.overwrite)
     return write_plans([plan], [metadata_of(written.metadata)], [target], options, started, label, make_sink)[0]
 
 
-def _check_target(target: Path, written: Written) -> None:
-    """Refuse a name that does not fit the container."""
+def check_target(target: Path, written: Written) -> None:
+    """Refuse a name that does not fit the container.
+
+    Raises:
+        RequestError: so it is.
+    """
     if written.texts:
         if target.suffix:
             raise RequestError(f"{target}: this layout is a folder (expected a name without an ending)")
@@ -72,6 +77,15 @@ def _sink(
     if target.suffix.lower() in TORCH_SUFFIXES:
         return TorchZipSink(target, specs, written.tree, overwrite=overwrite)
     return SafetensorsSink(target, specs, metadata, overwrite=overwrite)
+
+
+def sink_of_small(
+    target: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], small: Written, *, overwrite: bool
+) -> TensorSink:
+    """Begin the output of a merge of small files: their settings, and what is known of the merge."""
+    beside = {key: text for key, text in metadata.items() if key != "format"}
+    tree = {**small.tree, **beside} if isinstance(small.tree, Mapping) else small.tree
+    return _sink(target, specs, {**small.metadata, **metadata}, written=replace(small, tree=tree), overwrite=overwrite)
 
 
 def _file_and_name(name: str) -> tuple[str, str]:

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from sdformats.adapters.errors import CannotHold
 from sdformats.adapters.layout import Written
-from sdformats.adapters.tensors import Ref, Stored
 from sdformats.errors import CorruptFile, UnsupportedFile
 from sdformats.kind import Kind, Marked
 from sdformats.torch_pickle import TensorNamed
+from sdformats.views import Ref, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

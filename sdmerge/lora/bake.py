@@ -19,6 +19,7 @@ from sdformats.adapters.reading import listed
 from sdformats.adapters.records import Full, LoHa, LoKr, LoRA, Norm, Rows
 from sdkernels import cast
 from sdmerge.errors import FamilyError, MismatchError, RequestError
+from sdmerge.hypernetworks import with_folds
 from sdmerge.lora.algebra import as_lora
 from sdmerge.lora.delta import delta, factors, needs_weight
 from sdmerge.lora.places import Places
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from sdformats.adapters.adapter import Adapter
     from sdformats.adapters.record import Record
+    from sdformats.hypernetwork import Hypernetwork
     from sdformats.tensor import TensorSource
     from sdformats.views import Ref, Stored
     from sdmerge.blocks import Weights
@@ -76,9 +78,9 @@ Contributions = dict[str, list[Contribution]]
 
 
 def contributions(
-    source: TensorSource, family: str | None, adapters: Iterable[tuple[Adapter, StrengthOf]]
+    source: TensorSource, family: str | None, adapters: Iterable[tuple[Adapter | Hypernetwork, StrengthOf]]
 ) -> Contributions:
-    """Return what adapters add to each tensor of a model.
+    """Return what adapters and hypernetworks add to each tensor of a model.
 
     Args:
         source: the model.
@@ -88,11 +90,11 @@ def contributions(
     Raises:
         FamilyError: an adapter is for another family.
         MismatchError: modules have no place in the model, or other sizes there.
-        RequestError: an adapter's scale is not known.
+        RequestError: an adapter's scale is not known, or a hypernetwork cannot be folded.
     """
     places = Places(source, family)
     found: Contributions = {}
-    for adapter, strength in adapters:
+    for adapter, strength in with_folds(places, adapters):
         if not adapter.scaled:
             raise RequestError(
                 f"an adapter for {source.path.name} has no known scale: put its adapter_config.json beside it"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sdformats.adapters.records import IA3, OFT, Full, GLoRA, InputOFT, LoHa, LoKr, LoRA, Norm, Rows
+from sdformats.adapters.records import IA3, OFT, Full, GLoRA, InputMap, InputOFT, LoHa, LoKr, LoRA, Norm, Rows
 from sdmerge.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def needs_weight(record: Record) -> bool:
     """Whether the change depends on the weight."""
     of = record.of if isinstance(record, Rows) else record
     replaces = isinstance(of, Full) and of.replaces
-    return replaces or of.magnitude is not None or isinstance(of, IA3 | GLoRA | OFT | InputOFT)
+    return replaces or of.magnitude is not None or isinstance(of, IA3 | InputMap | GLoRA | OFT | InputOFT)
 
 
 def delta(record: Record, get: Get, weight: Tensor | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -157,6 +157,8 @@ def _of_weight(record: Record, get: Get, weight: Tensor) -> Tensor:
             factor = get(record.weight).reshape(-1)
             axis = 1 if record.on_input else 0
             return weight * factor.reshape([-1 if i == axis else 1 for i in range(weight.dim())])
+        case InputMap():
+            return weight @ get(record.matrix)
         case GLoRA():
             return _glora(record, get, weight)
         case OFT():

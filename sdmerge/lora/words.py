@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sdformats.adapters import open_adapter
 from sdformats.adapters.layout import Written
 from sdformats.files import open_source
+from sdformats.layout import detect
 from sdmerge.policy import Notes
 from sdmerge.writing import plan_of, write_out
 
@@ -38,6 +39,8 @@ def write_words(adapters: Sequence[Path], output: Path, options: Options) -> tup
     notes = []
     for path in adapters:
         with open_source(path) as source:
+            if detect(source.specs, metadata=source.metadata).kind != "adapter":
+                continue
             adapter, _ = open_adapter(source)
             for word, inner in adapter.embeddings.items():
                 name = _UNSAFE.sub("", word.strip("<>")) or "word"

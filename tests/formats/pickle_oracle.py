@@ -66,6 +66,19 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], tree: Tree = None, *,
     return path
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees are equal in types and bits."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype is b.dtype and a.shape == b.shape and raw(a) == raw(b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return list(map(repr, a)) == list(map(repr, b)) and all(map(same, a.values(), b.values()))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return repr(a) == repr(b)
+
+
 def check(path: Path, expected: dict[str, torch.Tensor]) -> PickleSource:
     """Read every tensor, in two odd blocks, and compare."""
     with open_pickle(path) as source:

@@ -22,7 +22,7 @@ from sdformats.torch_pickle import MAX_DEPTH, TensorNamed
 from sdformats.torch_sink import TorchZipSink
 from sdformats.torchzip import read_directory
 from tests.formats.output_ways import listing
-from tests.formats.pickle_oracle import TYPES, check, flatten, raw, specs_of, write
+from tests.formats.pickle_oracle import TYPES, check, flatten, raw, same, specs_of, write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,19 +38,6 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> 
     data = torch.randint(0, 2 if dtype is torch.bool else 256, (size,), dtype=torch.uint8,
                          generator=torch.Generator().manual_seed(seed))  # fmt: skip
     return data.view(dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two trees are equal in types and bits."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype is b.dtype and a.shape == b.shape and raw(a) == raw(b)
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return list(map(repr, a)) == list(map(repr, b)) and all(map(same, a.values(), b.values()))
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return repr(a) == repr(b)
 
 
 EVERY = {

@@ -188,6 +188,28 @@ class IA3(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InputMap(Record):
+    """ΔW = W · matrix: a module whose inputs go through x + matrix · x.
+
+    Attributes:
+        matrix: (in, in).
+    """
+
+    algorithm = "input-map"
+    matrix: Ref
+
+    @property
+    def columns(self) -> int:
+        """See `Record`."""
+        return self.matrix.shape[0]
+
+    @property
+    def row_fields(self) -> Mapping[str, tuple[int, int]]:
+        """See `Record`."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
 class GLoRA(Record):
     """ΔW = s (W a1 a2 + b1 b2); in old files s (W a2 a1 + b2 b1).
 
