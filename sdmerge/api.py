@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from sdmerge.errors import RequestError
-from sdmerge.execute import Report, copy, execute
+from sdmerge.execute import Report, execute
 from sdmerge.options import OptionFields, Options
 from sdmerge.recipe import LABELS, Input, Merge, Model, Recipe
 
@@ -202,15 +202,8 @@ def convert(
     Raises:
         See `add_difference`; `sdformats.adapters.errors.CannotHold` where the layout has no place for something.
     """
-    from sdmerge.small_files import convert_small, is_small
-
-    if is_small(Path(source), Options(**options)):
-        return convert_small(Path(source), Path(output), to, Options(**options))
-    if to is None:
-        if form is not None or adapter_config is not None or base is not None or allow_loss:
-            raise RequestError("these options are for adapters: name the layout to convert to, with to (--to)")
-        return copy(Path(source), Path(output), Options(**options))
-    from sdmerge.lora.convert import Conversion, convert_adapter
+    from sdmerge.conversion import Conversion
+    from sdmerge.conversion import convert as convert_file
 
     conversion = Conversion(
         to=to,
@@ -219,7 +212,7 @@ def convert(
         adapter_config=None if adapter_config is None else Path(adapter_config),
         base=None if base is None else Path(base),
     )
-    return convert_adapter(Path(source), Path(output), conversion, Options(**options))
+    return convert_file(Path(source), Path(output), conversion, Options(**options))
 
 
 def combinations(over: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -94,19 +94,23 @@ def execute(recipes: Sequence[Recipe], targets: Sequence[Path], options: Options
         return write_plans(plans, metadata, targets, options, started, "merging")
 
 
-def copy(source: Path, target: Path, options: Options) -> Report:
-    """Write a model's tensors, under their names, as safetensors. Errors as `execute`."""
-    started = time.perf_counter()
-    with ExitStack() as stack:
-        with no_collection():
-            opened, seen = open_model(stack, source, options)
-            check_decided(seen, source)
-            plan = plan_copy(opened, seen, options)
-        _check_output(target, plan, options)
-        if options.dry_run:
-            return report_of(plan, target, started)
-        metadata = provenance.convert_metadata(opened)
-        return write_plans([plan], [metadata], [target], options, started, "converting")[0]
+def copy_model(source: TensorSource, seen: Detection, target: Path, options: Options, started: float) -> Report:
+    """Write an open model's tensors under their names. Errors as `execute`.
+
+    Args:
+        source: the model.
+        seen: what it is.
+        target: where to write.
+        options: what of it, and in which type.
+        started: when the command began, as `time.perf_counter` told it.
+    """
+    with no_collection():
+        plan = plan_copy(source, seen, options)
+    _check_output(target, plan, options)
+    if options.dry_run:
+        return report_of(plan, target, started)
+    metadata = provenance.convert_metadata(source)
+    return write_plans([plan], [metadata], [target], options, started, "converting")[0]
 
 
 def check_sha256(recipe: Recipe, opened: Mapping[str, TensorSource]) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sdformats import hypernetwork
 from sdmerge.errors import RequestError, nearest
-from sdmerge.execute import check_decided, no_collection, open_model
+from sdmerge.execute import no_collection
 from sdmerge.lora.refs import in_type
 from sdmerge.policy import Notes
 from sdmerge.writing import plan_of, write_out
@@ -44,40 +42,34 @@ FORMATS: Mapping[str, Format] = {
 """By kind."""
 
 
-def is_small(source: Path, options: Options) -> bool:
-    """Whether a file is of one of these kinds. Errors as opening it."""
-    with ExitStack() as stack, no_collection():
-        return open_model(stack, source, options)[1].kind in FORMATS
-
-
-def convert_small(source: Path, target: Path, to: str | None, options: Options) -> Report:
+def convert_small(
+    source: TensorSource, seen: Detection, target: Path, to: str | None, options: Options, started: float
+) -> Report:
     """Write a small file in another layout, or in the container that the output's name asks for.
 
     Args:
-        source: a file of one of the kinds in `FORMATS`.
+        source: a file of one of the kinds in `FORMATS`, open.
+        seen: what it is.
         target: where to write.
         to: the layout; None: the one that it is in.
         options: see `Options`.
+        started: when the command began, as `time.perf_counter` told it.
 
     Raises:
         sdformats.errors.FormatError: a file cannot be read or written; `CannotHold` where the layout has no place for
             something.
         sdmerge.errors.SdmergeError: the request cannot be fulfilled.
     """
-    started = time.perf_counter()
-    with ExitStack() as stack:
-        with no_collection():
-            opened, seen = open_model(stack, source, options)
-            check_decided(seen, source)
-            written = _written(opened, seen, to)
-        change = options.output_type
-        written = replace(written, tensors={name: in_type(ref, change) for name, ref in written.tensors.items()})
-        notes = Notes()
-        notes.add(f"{seen.spelling} to {to or seen.spelling}")
-        for note in opened.notes:
-            notes.add(note)
-        plan = plan_of(written, (opened,), seen.family, notes)
-        return write_out(plan, written, target, options, started, "converting")
+    with no_collection():
+        written = _written(source, seen, to)
+    change = options.output_type
+    written = replace(written, tensors={name: in_type(ref, change) for name, ref in written.tensors.items()})
+    notes = Notes()
+    notes.add(f"{seen.spelling} to {to or seen.spelling}")
+    for note in source.notes:
+        notes.add(note)
+    plan = plan_of(written, (source,), seen.family, notes)
+    return write_out(plan, written, target, options, started, "converting")
 
 
 def _written(opened: TensorSource, seen: Detection, to: str | None) -> Written:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,30 +28,15 @@ if TYPE_CHECKING:
     from sdformats.adapters.layout import AdapterLayout, Written
     from sdformats.adapters.record import Record
     from sdformats.tensor import TensorSource
+    from sdmerge.conversion import Conversion
     from sdmerge.execute import Report
-    from sdmerge.options import Form, Options
+    from sdmerge.options import Options
     from sdmerge.step import Plan
 
 _BY_FAMILY = {"sdxl": "kohya-sgm", "sdxl-refiner": "kohya-sgm", "flux": "flux-kohya", "sd3": "sd3-kohya"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """What an adapter is to become.
-
-    Attributes:
-        to: the layout's name.
-        form: ``lora`` or ``full`` turns every record into that; None: algorithms stay.
-        allow_loss: leave out what the layout cannot hold, instead of refusing.
-        adapter_config: PEFT's settings, where they are not beside the file.
-        base: the model that an adapter is for, where a change depends on its weights or its shapes.
-    """
-
-    to: str
-    form: Form | None = None
-    allow_loss: bool = False
-    adapter_config: Path | None = None
-    base: Path | None = None
+LAYOUT_NAMES = frozenset(layout.name for layout in LAYOUTS)
 
 
 def layout_named(name: str) -> AdapterLayout:
@@ -76,21 +60,23 @@ def layout_for(family: str | None, name: str | None) -> AdapterLayout:
     return layout_named(name or _BY_FAMILY.get(family or "", "kohya"))
 
 
-def convert_adapter(source: Path, target: Path, conversion: Conversion, options: Options) -> Report:
-    """Write an adapter in another layout.
+def convert_adapter(
+    source: TensorSource, target: Path, conversion: Conversion, options: Options, started: float
+) -> Report:
+    """Write an open adapter in another layout.
 
     Raises:
         sdformats.errors.FormatError: a file cannot be read or written; `CannotHold` where the layout has no place for
             something.
         sdmerge.errors.SdmergeError: the request cannot be fulfilled.
     """
-    started = time.perf_counter()
+    if conversion.to is None:
+        raise RequestError("name the layout to convert the adapter to, with to (--to)")
     layout = layout_named(conversion.to)
     with ExitStack() as stack:
         with no_collection():
-            opened = stack.enter_context(open_source(source))
             base = stack.enter_context(open_source(conversion.base)) if conversion.base is not None else None
-            plan, written = _planned(opened, base, layout, conversion, options)
+            plan, written = _planned(source, base, layout, conversion, options)
         return write_out(plan, written, target, options, started, "converting")
 
 

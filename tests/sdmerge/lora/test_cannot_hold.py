@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from sdformats.adapters.errors import CannotHold
 from sdformats.adapters.layouts import LAYOUTS
+from sdmerge import conversion
 from sdmerge.errors import RequestError
-from sdmerge.lora.convert import Conversion, convert_adapter
 from sdmerge.options import Options
 from tests.formats.adapters.samples import PEFT, WIDTHS, noise, numbered, opened, pair, save, save_peft
 
@@ -58,7 +58,7 @@ CASES = [
 
 
 def convert(source: Path, target: Path, to: str, **more: Any) -> Report:
-    return convert_adapter(source, target, Conversion(to=to, **more), Options())
+    return conversion.convert(source, target, conversion.Conversion(to=to, **more), Options())
 
 
 def target_of(folder: Path, to: str) -> Path:
@@ -177,7 +177,8 @@ def test_parts_of_several_types_are_refused_and_one_type_joins_them(tmp_path: Pa
     source = save(tmp_path / "a.safetensors", tensors)
     text = refused(source, "flux-kohya", tmp_path)
     assert "--dtype" in text
-    convert_adapter(source, tmp_path / "b.safetensors", Conversion(to="flux-kohya"), Options(dtype="fp32"))
+    wanted = conversion.Conversion(to="flux-kohya")
+    conversion.convert(source, tmp_path / "b.safetensors", wanted, Options(dtype="fp32"))
     with opened(tmp_path / "b.safetensors") as (again, _):
         assert len(again.modules) == 3
 
