@@ -56,14 +56,7 @@ def load(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
     Raises:
         RequestError: what is wrong with it, and where.
     """
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise RequestError(f"{path}: is too large for a recipe (expected a YAML text of at most 1 MiB)")
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(path)
     try:
         if isinstance(data, dict) and "merge_method" in data:
             from sdmerge import mergekit
@@ -72,6 +65,23 @@ def load(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
         return parse(data, path.parent, changes)
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        RequestError: it cannot be read, or is too large to be settings.
+    """
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise RequestError(f"{path}: is too large (expected a YAML text of at most 1 MiB)")
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    return data
 
 
 def parse(data: Any, folder: Path, changes: Mapping[str, Any] | None = None) -> Recipe:

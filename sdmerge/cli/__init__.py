@@ -42,6 +42,7 @@ COMMANDS = {
         "sdmerge.cli.lowrank:merge_lora",
         "Merge adapters into one: LoRA, LoHa, LoKr and mixes of them.",
     ),
+    "train": ("sdmerge.cli.train:train", "Train a model, or what goes with one, on pictures of your own."),
     "demo": ("sdmerge.cli.demo:demo", "Merge three tiny models and paint what they learned."),
 }
 """Name → where the command is, and its first line of help (which a test holds equal to the command's own)."""

@@ -105,6 +105,29 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.advance(task, done)
 
 
+@contextmanager
+def counted(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Show a bar with a count, a few words and the time left on a terminal; nothing in a pipe or when quiet.
+
+    Yields a function that takes how much was done since its last call, and the words.
+    """
+    if _quiet or not _is_terminal(stderr=True):
+        yield lambda _done, _words: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[words]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task(clean(label), total=total, words="")
+        yield lambda done, words: bar.update(task, advance=done, words=clean(words))
+
+
 def human(count: float, unit: str = "B") -> str:
     """Write a count in powers of 1000 with three digits: ``2.13 GB``."""
     for prefix in ("", "k", "M", "G", "T"):

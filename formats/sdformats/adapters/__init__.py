@@ -7,13 +7,13 @@ To add a layout, write a file in ``layouts``: an `AdapterLayout` called ``LAYOUT
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sdformats.adapters.layout import AdapterFile, detect_adapter
-from sdformats.errors import CorruptFile, FormatError
+from sdformats.errors import FormatError
 from sdformats.folder import PEFT_CONFIG
+from sdformats.json_file import read_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from sdformats.adapters.adapter import Adapter
     from sdformats.adapters.layout import AdapterLayout
     from sdformats.tensor import TensorSource
-
-_LARGEST_CONFIG = 1 << 20
 
 
 def open_adapter(source: TensorSource, config: Path | None = None) -> tuple[Adapter, AdapterLayout]:
@@ -48,27 +46,15 @@ def open_adapter(source: TensorSource, config: Path | None = None) -> tuple[Adap
 def _configs(source: TensorSource, given: Path | None) -> Mapping[str, Mapping[str, Any]]:
     """Return PEFT's settings by component; "" for a file of one."""
     if given is not None:
-        return {"": _load(given)}
+        return {"": read_object(given)}
     if not any("base_model.model." in name for name in source.specs):
         return {}
     folder = source.path if source.path.is_dir() else source.path.parent
     if (folder / PEFT_CONFIG).is_file():
-        return {"": _load(folder / PEFT_CONFIG)}
+        return {"": read_object(folder / PEFT_CONFIG)}
     prefixes = {name.partition(".base_model.")[0] for name in source.specs}
     return {
-        name: _load(folder / name / PEFT_CONFIG) for name in sorted(prefixes) if (folder / name / PEFT_CONFIG).is_file()
+        name: read_object(folder / name / PEFT_CONFIG)
+        for name in sorted(prefixes)
+        if (folder / name / PEFT_CONFIG).is_file()
     }
-
-
-def _load(path: Path) -> Mapping[str, Any]:
-    try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise CorruptFile("is too large for a config", path=path)
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise FormatError(f"cannot be read: {error.strerror or error}", path=path) from error
-    except (ValueError, RecursionError) as error:
-        raise CorruptFile("is no JSON", path=path) from error
-    if not isinstance(found, dict):
-        raise CorruptFile("is no JSON object", path=path)
-    return found
