@@ -75,7 +75,7 @@ def main(cache: Path, rounds: int, thin: bool, json_path: Path | None) -> None:
         )
         costs += [cost] if number else []
     seconds = sorted(cost.seconds for cost in costs)[len(costs) // 2]
-    errors = {path: entry["error"] for path, entry in json.loads(report_path.read_text())["modules"].items()}
+    errors = {path: entry["error"] for path, entry in json.loads(report_path.read_text())["layers"].items()}
     torch.set_num_threads(1)
     with open_source(source) as opened:
         rows = measured(open_adapter(opened)[0], errors, thin=thin, report=console.print)

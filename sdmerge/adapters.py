@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sdmerge.blocks import Weights
     from sdmerge.lora.budget import Limit
     from sdmerge.lora.combine import How
+    from sdmerge.lora.extract import Conv
 
     PathLike = str | os.PathLike[str]
 
@@ -68,6 +69,7 @@ def extract_lora(
     energy: float | None = None,
     error: float | None = None,
     conv_rank: int | None = None,
+    conv: Conv = "flat",
     also: Mapping[PathLike, int | str] | None = None,
     to: str | None = None,
     tolerance: float = 0.01,
@@ -85,8 +87,9 @@ def extract_lora(
         rank: of every layer; 64 where no other bound is given.
         size, energy, error: other bounds; see `resize_lora`.
         conv_rank: the rank of convolutions wider than a pixel, where it is another.
+        conv: ``flat`` gives these two factors; ``tucker`` thin ones and a core, where that is smaller.
         also: further files from the same extraction, each with its size.
-        to: a layout; None: sd-scripts' for the family.
+        to: a layout; None: sd-scripts' for the family, or LyCORIS's, which has a place for cores.
         tolerance: how much larger than the smallest possible the error of a layer may be.
         text_encoders: whether they are looked at.
         clamp: cut factors at this quantile of their magnitudes, as some scripts do.
@@ -108,6 +111,7 @@ def extract_lora(
         base=Path(base),
         outputs=((Path(output), first), *more),
         conv_rank=conv_rank,
+        conv=conv,
         to=to,
         tolerance=tolerance,
         text_encoders=text_encoders,
@@ -128,6 +132,7 @@ def resize_lora(
     error: float | None = None,
     to: str | None = None,
     report: PathLike | None = None,
+    plot: PathLike | None = None,
     adapter_config: PathLike | None = None,
     **options: Unpack[OptionFields],
 ) -> Report:
@@ -144,6 +149,7 @@ def resize_lora(
         error: the largest relative error of a module.
         to: a layout, as ``sdmerge layouts`` lists them; None: the input's, or one for its family.
         report: where to write what became of each module, as JSON.
+        plot: where to paint ranks and energies over the modules, as PNG.
         adapter_config: PEFT's ``adapter_config.json``, where it is not beside the file.
         options: see `Options`.
 
@@ -158,6 +164,7 @@ def resize_lora(
         limit=_limit(rank, size, energy, error),
         to=to,
         report=None if report is None else Path(report),
+        plot=None if plot is None else Path(plot),
         adapter_config=None if adapter_config is None else Path(adapter_config),
         resizes=True,
     )
@@ -176,6 +183,7 @@ def merge_lora(
     error: float | None = None,
     to: str | None = None,
     report: PathLike | None = None,
+    plot: PathLike | None = None,
     **options: Unpack[OptionFields],
 ) -> Report:
     """Write one adapter that changes a model as several do together: Σ strength ΔW.
@@ -188,7 +196,7 @@ def merge_lora(
         output: where to write: a file, or for PEFT a folder.
         method: ``sum``; ``svd``, a sum of bounded rank; ``ties`` or ``dare``, which merge whole differences and need a bound.
         parameters: of TIES or DARE, as ``{"density": 0.2}``.
-        rank, size, energy, error, to, report: as in `resize_lora`.
+        rank, size, energy, error, to, report, plot: as in `resize_lora`.
         options: see `Options`.
 
     Raises:
@@ -204,6 +212,7 @@ def merge_lora(
         parameters=parameters or {},
         to=to,
         report=None if report is None else Path(report),
+        plot=None if plot is None else Path(plot),
     )
     return combine(wanted, Path(output), Options(**options))
 

@@ -7,10 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sdformats.safetensors import SafetensorsSource, layout
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sdformats.positional import InputFile
+    from sdformats.safetensors import SafetensorsSink
     from sdformats.tensor import TensorSource
 
 CHUNK = 1 << 20
@@ -88,6 +91,30 @@ def legacy(file: InputFile) -> str:
     return hashlib.sha256(file.read(_LEGACY_AT, size)).hexdigest()[:8]
 
 
+SD_SCRIPTS = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
+"""The hashes that sd-scripts writes into an adapter's metadata, before they are known."""
+
+
+def sd_scripts(file: SafetensorsSink) -> dict[str, str]:
+    """Return sd-scripts' hashes of an adapter that is all written: of its tensors' bytes, and the legacy one.
+
+    The legacy one is that of a file with no other texts than those of training (``ss_*``): others may be changed later.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    for offset in range(file.data_start, file.size, CHUNK):
+        part = buffer[: min(CHUNK, file.size - offset)]
+        file.read_into(offset, part)
+        digest.update(part)
+    header, _ = layout(file.specs, {key: text for key, text in file.metadata.items() if key.startswith("ss_")})
+    inside = header[_LEGACY_AT : _LEGACY_AT + _LEGACY_SIZE]
+    start = max(0, _LEGACY_AT - len(header)) + file.data_start
+    rest = memoryview(bytearray(max(0, min(_LEGACY_SIZE - len(inside), file.size - start))))
+    file.read_into(start, rest)
+    old = hashlib.sha256(inside + rest).hexdigest()[:8]
+    return {"sshs_model_hash": digest.hexdigest(), "sshs_legacy_hash": old}
+
+
 def tensor_hash(source: TensorSource, progress: Callable[[int], None] = lambda _: None) -> str:
     """Return the sha256 over the tensors alone: the same for any container and any order of the file.
 
@@ -112,8 +139,6 @@ def tensor_hash(source: TensorSource, progress: Callable[[int], None] = lambda _
 
 def _file_hashes(source: TensorSource, progress: Callable[[int], None]) -> tuple[str, str | None]:
     """Return the sha256 of the file and, for safetensors, of what follows its header, in one read."""
-    from sdformats.safetensors import SafetensorsSource
-
     file = source.files[0]
     start = source.data_start if isinstance(source, SafetensorsSource) else None
     whole, rest = hashlib.sha256(), hashlib.sha256()

@@ -171,10 +171,15 @@ def _modelspec(plan: Plan, inputs: Sequence[Mapping[str, Any]], output: Path) ->
     if plan.family in ARCHITECTURES:
         suffix = "" if plan.variant in (None, "base") else f"-{plan.variant}"
         found["modelspec.architecture"] = ARCHITECTURES[plan.family] + suffix
-        found["modelspec.resolution"] = f"{_RESOLUTIONS[plan.family]}x{_RESOLUTIONS[plan.family]}"
+        found["modelspec.resolution"] = resolution(plan.family)
     if "v_pred" in plan.specs:
         found["modelspec.prediction_type"] = "v"
     return found
+
+
+def resolution(family: str) -> str:
+    """Return the resolution of a family's models, as the model specification says it."""
+    return f"{_RESOLUTIONS[family]}x{_RESOLUTIONS[family]}"
 
 
 def _title(source: TensorSource, entry: Mapping[str, Any]) -> str:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from sdformats.folder_sink import FolderSink
 from sdformats.safetensors import SafetensorsSink
+from sdformats.safetensors import layout as laid_out
 from sdformats.torch_sink import SUFFIXES as TORCH_SUFFIXES
 from sdformats.torch_sink import TorchZipSink
+from sdmerge import hashing
 from sdmerge.errors import RequestError
 from sdmerge.execute import report_of, write_plans
 from sdmerge.lora.refs import step_of
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from sdmerge.options import Options
     from sdmerge.policy import Notes
 
-_OF_OLD_BYTES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+_OF_OLD_BYTES = (*hashing.SD_SCRIPTS, "modelspec.hash_sha256")
 
 
 def plan_of(written: Written, sources: tuple[TensorSource, ...], family: str | None, notes: Notes) -> Plan:
@@ -34,9 +36,17 @@ def plan_of(written: Written, sources: tuple[TensorSource, ...], family: str | N
     return Plan(ordered(steps, sources), tuple(written.tensors), sources, notes.lines(), family)
 
 
-def metadata_of(texts: Mapping[str, str]) -> dict[str, str]:
-    """Return the output's metadata: what is known, but for hashes of the old bytes."""
-    return {key: value for key, value in texts.items() if key not in _OF_OLD_BYTES} | {"format": "pt"}
+def metadata_of(written: Written) -> dict[str, str]:
+    """Return the output's metadata, with room for sd-scripts' hashes where it is a file with sd-scripts' texts."""
+    texts = {key: value for key, value in written.metadata.items() if key not in _OF_OLD_BYTES} | {"format": "pt"}
+    return texts | hashing.SD_SCRIPTS if "ss_network_module" in texts and not written.texts else texts
+
+
+def size_of(written: Written) -> int:
+    """Return how many bytes a layout's tensors and texts take on the disk."""
+    specs = {name: ref.spec for name, ref in written.tensors.items()}
+    header, _ = laid_out(specs, metadata_of(written))
+    return len(header) + sum(spec.nbytes for spec in specs.values()) + sum(map(len, written.texts.values()))
 
 
 def write_out(plan: Plan, written: Written, target: Path, options: Options, started: float, label: str) -> Report:
@@ -50,7 +60,7 @@ def write_out(plan: Plan, written: Written, target: Path, options: Options, star
     if options.dry_run:
         return report_of(plan, target, started)
     make_sink = partial(_sink, written=written, overwrite=options.overwrite)
-    return write_plans([plan], [metadata_of(written.metadata)], [target], options, started, label, make_sink)[0]
+    return write_plans([plan], [metadata_of(written)], [target], options, started, label, make_sink)[0]
 
 
 def check_target(target: Path, written: Written) -> None:
@@ -76,7 +86,8 @@ def _sink(
         return FolderSink(target, specs, metadata, None, place=_file_and_name, texts=texts, overwrite=overwrite)
     if target.suffix.lower() in TORCH_SUFFIXES:
         return TorchZipSink(target, specs, written.tree, overwrite=overwrite)
-    return SafetensorsSink(target, specs, metadata, overwrite=overwrite)
+    seal = hashing.sd_scripts if metadata.keys() >= hashing.SD_SCRIPTS.keys() else None
+    return SafetensorsSink(target, specs, metadata, overwrite=overwrite, seal=seal)
 
 
 def sink_of_small(

@@ -80,6 +80,14 @@ class PendingFile:
         except OSError as error:
             raise self._failure(error) from error
 
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `offset` of what was written."""
+        assert self._handle is not None, "read after commit or abort"
+        try:
+            self._handle.read_into(offset, buffer)
+        except OSError as error:
+            raise WriteError(f"cannot be read again: {error.strerror or error}", path=self.path) from error
+
     def commit(self) -> None:
         """Force everything to the disk and give the file its name, in one step.
 

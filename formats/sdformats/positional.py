@@ -7,6 +7,7 @@ that can be told. Where the system has ``preadv`` and ``pwrite`` (Linux, macOS) 
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from dataclasses import dataclass
@@ -126,12 +127,13 @@ class InputFile:
 
 
 class OutputHandle:
-    """A file descriptor, written at offsets."""
+    """A file descriptor, written at offsets, and read again."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._lock = threading.Lock()
         self._write: Callable[[memoryview, int], int] = self._pwrite if hasattr(os, "pwrite") else self._seek_and_write
+        self._read: Callable[[memoryview, int], int] = self._preadv if hasattr(os, "preadv") else self._seek_and_read
 
     def write(self, offset: int, buffer: memoryview) -> None:
         """Put all of `buffer` at byte `offset`. Raises OSError as the system does."""
@@ -139,8 +141,27 @@ class OutputHandle:
         while done < len(buffer):
             done += self._write(buffer[done:], offset + done)
 
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer`, which must be within the file, from byte `offset`. Raises OSError as the system does."""
+        done = 0
+        while done < len(buffer):
+            got = self._read(buffer[done:], offset + done)
+            if got <= 0:
+                raise OSError(errno.EIO, "the file became shorter")
+            done += got
+
     def _pwrite(self, buffer: memoryview, offset: int) -> int:
         return os.pwrite(self.fd, buffer, offset)
+
+    def _preadv(self, buffer: memoryview, offset: int) -> int:
+        return os.preadv(self.fd, [buffer], offset)
+
+    def _seek_and_read(self, buffer: memoryview, offset: int) -> int:
+        with self._lock:
+            os.lseek(self.fd, offset, os.SEEK_SET)
+            got = os.read(self.fd, len(buffer))
+        buffer[: len(got)] = got
+        return len(got)
 
     def _seek_and_write(self, buffer: memoryview, offset: int) -> int:
         with self._lock:

@@ -24,7 +24,7 @@ from sdformats.positional import InputFile
 from sdformats.tensor import DType, Spec, TensorSink, TensorSource
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes that is read or written; the reference implementation's limit."""
@@ -210,21 +210,31 @@ class SafetensorsSink(TensorSink):
         specs: every tensor that will be written.
         metadata: texts for the header.
         overwrite: whether an existing file may be replaced.
+        seal: called when every tensor is written, with the sink, to be read; returns texts that replace those of the same
+            names and lengths, such as a digest of the tensors.
 
     Raises:
         OutputExists, WriteError: before anything is created.
     """
 
     def __init__(
-        self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], *, overwrite: bool = False
+        self,
+        path: Path,
+        specs: Mapping[str, Spec],
+        metadata: Mapping[str, str],
+        *,
+        overwrite: bool = False,
+        seal: Callable[[SafetensorsSink], Mapping[str, str]] | None = None,
     ) -> None:
-        self.path = path
+        self.path, self.specs, self.metadata = path, specs, metadata
+        self._seal = seal
         _check_writable(path, specs, metadata)
         header, self._offsets = layout(specs, metadata)
         if len(header) > 8 + MAX_HEADER:
             raise WriteError(f"needs a header of {len(header):,} bytes", path=path, expected=f"at most {MAX_HEADER:,}")
-        total = sum(spec.nbytes for spec in specs.values())
-        self._file = PendingFile(path, len(header) + total, overwrite=overwrite)
+        self.data_start = len(header)
+        self.size = len(header) + sum(spec.nbytes for spec in specs.values())
+        self._file = PendingFile(path, self.size, overwrite=overwrite)
         try:
             self._file.write(0, memoryview(header))
         except BaseException:
@@ -235,8 +245,20 @@ class SafetensorsSink(TensorSink):
         """See `TensorSink.write`."""
         self._file.write(self._offsets[name] + offset, buffer)
 
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `offset` of the file, as far as it is written."""
+        self._file.read_into(offset, buffer)
+
     def commit(self) -> None:
         """See `TensorSink.commit`."""
+        if self._seal is not None:
+            try:
+                header, _ = layout(self.specs, {**self.metadata, **self._seal(self)})
+                assert len(header) == self.data_start, "sealed with texts of other lengths"
+                self._file.write(0, memoryview(header))
+            except BaseException:
+                self.abort()
+                raise
         self._file.commit()
 
     def abort(self) -> None:

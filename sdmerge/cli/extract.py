@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from os import PathLike
 
 
+_CHOSEN = (
+    *("output", "rank", "size", "energy", "error", "conv_rank", "conv"),
+    *("to", "tolerance", "clamp", "report", "plot"),
+)
+
+
 class _Share(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic only in newer click
     name = "SHARE"
 
@@ -34,6 +40,13 @@ class _Share(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gener
 @click.option("--energy", type=float, metavar="E", help="Keep this share of each layer's squared singular values.")
 @click.option("--error", type=float, metavar="E", help="Keep each layer's relative error below this.")
 @click.option("--conv-rank", type=click.IntRange(1), metavar="R", help="The rank of convolutions, where it is another.")
+@click.option(
+    "--conv",
+    type=click.Choice(["flat", "tucker"]),
+    default="flat",
+    show_default=True,
+    help="What convolutions become: two factors, or Tucker's thin ones with a core, where that is smaller.",
+)
 @click.option(
     "--also", multiple=True, metavar="SIZE=FILE", help="One more file, of that size, from the same extraction."
 )
@@ -60,7 +73,6 @@ def extract_lora(tuned: str, base: str, no_te: bool, also: tuple[str, ...], as_j
         if not equals or not path:
             raise click.UsageError(f"--also {text} names no file (expected SIZE=FILE)")
         sizes[path] = size
-    names = ("output", "rank", "size", "energy", "error", "conv_rank", "to", "tolerance", "clamp", "report", "plot")
-    chosen = {name: given.pop(name) for name in names}
+    chosen = {name: given.pop(name) for name in _CHOSEN}
     reports = api.extract_lora(tuned, base, also=sizes, text_encoders=not no_te, **chosen, **options.api_options(given))
     options.show(reports, as_json=as_json)

@@ -24,9 +24,10 @@ _LIMITS = (
         "--to", metavar="LAYOUT", help="The layout to write; `sdmerge layouts` lists them. Default: the input's."
     ),
     click.option("--report", type=click.Path(), metavar="FILE", help="Write each module's rank and error, as JSON."),
+    click.option("--plot", type=click.Path(), metavar="FILE", help="Paint ranks and energy over the modules, as PNG."),
     click.option("-o", "--output", required=True, type=click.Path(), help="Where to write."),
 )
-_CHOSEN = ("output", "rank", "size", "energy", "error", "to", "report")
+_CHOSEN = ("output", "rank", "size", "energy", "error", "to", "report", "plot")
 
 
 def _limits(function: F) -> F:

@@ -112,18 +112,16 @@ def _reaching(sigma: Tensor, share: float) -> int:
     return max(1, min(sigma.numel(), int((sums < share * sums[-1]).sum()) + 1))
 
 
-def by_bytes(
-    spectra: Spectra, shapes: Mapping[str, tuple[int, int]], itemsize: int | Mapping[str, int], nbytes: int
-) -> Ranks:
+def by_bytes(spectra: Spectra, costs: Mapping[str, Tensor], nbytes: int) -> Ranks:
     """Return ranks whose factors take `nbytes` at most, with the least error in all: the best to within one component.
 
-    Components are kept in descending order of σ² / (m + n), the error that a byte saves, until the next one does not fit;
-    of one module that is its spectrum's order. A rank may be 0. Components of σ = 0 are never kept.
+    Components are kept in descending order of σ² / cost, the error that a byte saves, until the next one does not fit. Those
+    of a module come in their order: where a later one is worth more than one before it, it counts for as little as that, and
+    what is found need not be the best. A rank may be 0. Components of σ = 0 are never kept.
 
     Args:
-        spectra: singular values.
-        shapes: (m, n) of each module: a component takes m + n elements.
-        itemsize: bytes an element; one number, or one for each module.
+        spectra: singular values, or roots of what each further component adds to the squared norm.
+        costs: bytes that each component adds, as many as there are singular values.
         nbytes: of all factors together.
     """
     paths = tuple(spectra)
@@ -131,11 +129,10 @@ def by_bytes(
         return {}
     counts = torch.tensor([spectra[path].numel() for path in paths])
     owner = torch.repeat_interleave(torch.arange(len(paths)), counts)
-    elements = torch.tensor([sum(shapes[path]) for path in paths])
-    widths = torch.tensor([itemsize if isinstance(itemsize, int) else itemsize[path] for path in paths])
-    cost = (elements * widths)[owner]
+    cost = torch.cat([costs[path] for path in paths])
     squares = torch.cat([spectra[path].double().square() for path in paths])
-    order = torch.sort(squares / cost, descending=True, stable=True).indices
+    worth = torch.cat([(spectra[path].double().square() / costs[path]).cummin(0).values for path in paths])
+    order = torch.sort(worth, descending=True, stable=True).indices
     order = order[squares[order] > 0]
     kept = int((cost[order].cumsum(0) <= nbytes).sum())
     ranks = torch.bincount(owner[order[:kept]], minlength=len(paths))

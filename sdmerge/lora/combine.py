@@ -16,9 +16,7 @@ from sdformats.adapters import open_adapter
 from sdformats.adapters.adapter import Adapter
 from sdformats.adapters.reading import check_holds
 from sdformats.adapters.records import LoRA
-from sdformats.errors import OutputExists
 from sdformats.files import open_source
-from sdformats.safetensors import layout as laid_out
 from sdmerge.errors import FamilyError, RequestError
 from sdmerge.execute import no_collection
 from sdmerge.lora import terms as sums
@@ -27,11 +25,13 @@ from sdmerge.lora.budget import Limit
 from sdmerge.lora.convert import layout_for, mapped
 from sdmerge.lora.factors import Spectrum, WholeSpectrum, spectrum_of
 from sdmerge.lora.refs import fold
+from sdmerge.lora.reports import check_new, write_told
 from sdmerge.lora.shrink import Piece, Shrunk, shrink
 from sdmerge.lora.terms import Product, Term
+from sdmerge.lora.texts import model_texts, network_texts
 from sdmerge.method import Place, find
 from sdmerge.policy import Notes
-from sdmerge.writing import metadata_of, plan_of, write_out
+from sdmerge.writing import plan_of, size_of, write_out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,6 +53,7 @@ _OF_THE_MODEL = (
     *("modelspec.prediction_type", "modelspec.encoder_layer"),
 )
 """What is true of a sum of adapters, too; the rest is about how one was trained."""
+_OF_THE_NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ class Combination:
         parameters: of TIES or DARE.
         to: the layout's name; None: the first input's, or one for its family.
         report: where to write what became of each module, as JSON.
+        plot: where to paint ranks and energies over the modules.
         adapter_config: PEFT's settings, where they are not beside the file.
         resizes: whether it is one adapter, which stays what it is.
     """
@@ -76,6 +78,7 @@ class Combination:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     to: str | None = None
     report: Path | None = None
+    plot: Path | None = None
     adapter_config: Path | None = None
     resizes: bool = False
 
@@ -114,8 +117,7 @@ def combine(wanted: Combination, target: Path, options: Options) -> Report:
         sdmerge.errors.SdmergeError: the request cannot be fulfilled.
     """
     started = time.perf_counter()
-    if wanted.report is not None and wanted.report.exists() and not options.overwrite:
-        raise OutputExists("exists already", path=wanted.report, advice="pass --overwrite, or choose another name")
+    check_new((wanted.report, wanted.plot), options)
     with ExitStack() as stack:
         with no_collection():
             files = {path: stack.enter_context(open_source(path)) for path, _ in wanted.inputs}
@@ -124,7 +126,7 @@ def combine(wanted: Combination, target: Path, options: Options) -> Report:
         family = _family(adapters, wanted, options)
         layout = _layout(read[0][1], family, wanted.to)
         sources = tuple(files.values())
-        return _Work(wanted, options, adapters, family, layout).done(sources, target, started)
+        return _Work(wanted, options, adapters, family, layout, target).done(sources, started)
 
 
 def _family(adapters: Sequence[Adapter], wanted: Combination, options: Options) -> str | None:
@@ -156,29 +158,28 @@ class _Work:
         adapters: Sequence[Adapter],
         family: str | None,
         layout: AdapterLayout,
+        target: Path,
     ) -> None:
         self.wanted, self.options, self.adapters = wanted, options, adapters
-        self.family, self.layout = family, layout
+        self.family, self.layout, self.target = family, layout, target
         self.exact = not wanted.limit.given and options.output_type is None
         self.values: dict[str, Any] = {}
         if wanted.how in _DENSE:
             self.values = dense_method(wanted.how).check(len(adapters), wanted.parameters)
 
-    def done(self, sources: tuple[TensorSource, ...], target: Path, started: float) -> Report:
+    def done(self, sources: tuple[TensorSource, ...], started: float) -> Report:
         """Compute and write."""
         label = "resizing" if self.wanted.resizes else "merging"
         plain, pieces = self._sorted()
         shrunk: dict[str, Shrunk] = {}
         if pieces:
-            size_of = partial(self._size, plain)
-            shrunk = shrink(pieces, self.wanted.limit, self.options, size_of, label)
+            shrunk = shrink(pieces, self.wanted.limit, self.options, partial(self._size, plain), label)
         adapter = self._adapter(plain, {path: one.record for path, one in shrunk.items() if one.record is not None})
         written = self._written(adapter)
         plan = plan_of(written, sources, self.family, self._notes(adapter, shrunk))
-        report = write_out(plan, written, target, self.options, started, label)
-        if self.wanted.report is not None and not self.options.dry_run:
-            text = json.dumps(_described(adapter, shrunk), indent=1)
-            self.wanted.report.write_text(text + "\n", encoding="utf-8")
+        report = write_out(plan, written, self.target, self.options, started, label)
+        if not self.options.dry_run:
+            write_told(_described(adapter, shrunk), self.wanted.report, self.wanted.plot)
         return report
 
     def _sorted(self) -> tuple[dict[str, Record], dict[str, Piece]]:
@@ -249,23 +250,15 @@ class _Work:
 
     def _size(self, plain: Mapping[str, Record], loras: Mapping[str, LoRA]) -> int:
         """Return the size of the file that would be written."""
-        written = self._written(self._adapter(plain, loras))
-        specs = {name: ref.spec for name, ref in written.tensors.items()}
-        header, _ = laid_out(specs, metadata_of(written.metadata))
-        return len(header) + sum(spec.nbytes for spec in specs.values()) + sum(map(len, written.texts.values()))
+        return size_of(self._written(self._adapter(plain, loras)))
 
     def _metadata(self, modules: Mapping[str, Record]) -> dict[str, str]:
         """Return the first input's texts that are still true, and what was done: no dates, no paths."""
         wanted, old = self.wanted, self.adapters[0].metadata
         kept = dict(old) if wanted.resizes else {key: old[key] for key in _OF_THE_MODEL if key in old}
-        for key in ("ss_network_args", "ss_network_module"):
-            kept.pop(key, None)
-        loras = [record for record in modules.values() if isinstance(record, LoRA)]
-        ranks, alphas = {one.rank for one in loras}, {one.scale * one.rank for one in loras}
-        if loras:
-            kept["ss_network_module"] = "networks.lora"
-            kept["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-            kept["ss_network_alpha"] = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
+        kept = model_texts(self.family, self.target.stem) | kept
+        kept = {key: text for key, text in kept.items() if key not in _OF_THE_NETWORK}
+        kept |= network_texts(self.family, self.layout, modules)
         said: dict[str, Any] = dict(wanted.limit.given)
         if not wanted.resizes:
             parameters = {
@@ -312,9 +305,12 @@ def _error(shrunk: Mapping[str, Shrunk]) -> float:
 
 def _described(adapter: Adapter, shrunk: Mapping[str, Shrunk]) -> dict[str, Any]:
     """Return what became of each module."""
-    modules: dict[str, Any] = {}
+    layers: dict[str, Any] = {}
     for path, record in adapter.modules.items():
-        modules[path] = {"rank": record.rank} if isinstance(record, LoRA) else {"algorithm": record.algorithm}
+        exact = {"rank": record.rank, "energy": 1.0, "error": 0.0, "excess_at_most": 0.0}
+        layers[path] = exact if isinstance(record, LoRA) else {"algorithm": record.algorithm}
     for path, one in shrunk.items():
-        modules[path] = {"rank": one.rank, "before": one.before, "norm": one.norm, "error": one.error}
-    return {"error": _error(shrunk), "modules": modules}
+        told = {"rank": one.rank, "before": one.before, "norm": one.norm}
+        # The whole spectrum of a product of factors is known, so what is left out is the least that can be.
+        layers[path] = told | {"energy": 1 - one.error**2, "error": one.error, "excess_at_most": 0.0}
+    return {"error": _error(shrunk), "layers": layers}

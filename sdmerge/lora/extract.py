@@ -1,7 +1,7 @@
 """Extract a LoRA from two models: the best approximation of what one changed over the other, layer by layer.
 
-No more than a layer of each model is in memory. Ranks are fixed, or chosen over the whole model from the spectra, which takes
-one more pass.
+No more than a layer of each model is in memory for each thread. Ranks are fixed, or chosen over the whole model from the
+spectra, which takes one more pass.
 """
 
 from __future__ import annotations
@@ -11,29 +11,30 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from sdformats.adapters.adapter import Adapter
-from sdformats.adapters.reading import check_holds
+from sdformats.adapters.errors import CannotHold
+from sdformats.adapters.reading import check_holds, ways_out
 from sdformats.adapters.records import Full, LoRA, Norm
-from sdformats.errors import OutputExists
 from sdformats.files import open_source
-from sdformats.safetensors import layout as laid_out
 from sdformats.tensor import DType, Spec
-from sdkernels import philox, subspace
 from sdmerge.errors import FamilyError, RequestError
 from sdmerge.execute import no_collection
 from sdmerge.lora.convert import layout_for
+from sdmerge.lora.decompose import Core, flattened, singular_values, tucker, tucker_curve
 from sdmerge.lora.held import Held
 from sdmerge.lora.layers import Layer, bias_of, is_noise, layers_of
 from sdmerge.lora.places import Places
 from sdmerge.lora.refs import fold
+from sdmerge.lora.reports import check_new, write_told
 from sdmerge.lora.shrink import Form, each, fitting
-from sdmerge.lora.texts import adapter_texts
+from sdmerge.lora.texts import model_texts, network_texts
 from sdmerge.policy import Notes
-from sdmerge.writing import metadata_of, plan_of, write_out
+from sdmerge.writing import plan_of, size_of, write_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -43,10 +44,11 @@ if TYPE_CHECKING:
     from sdformats.adapters.record import Record
     from sdmerge.execute import Report
     from sdmerge.lora.budget import Limit
+    from sdmerge.lora.decompose import Found
+    from sdmerge.lora.shrink import SizeOf
     from sdmerge.options import Options
 
-_START = 32
-"""Vectors that the search starts with beyond the rank."""
+Conv = Literal["flat", "tucker"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,8 @@ class Extraction:
         tuned, base: the models.
         outputs: where to write, each with its bound on the ranks.
         conv_rank: the rank of convolutions wider than a pixel, where it is another.
-        to: the layout; None: the usual one of the family.
+        conv: what such convolutions become: ``flat``, two factors; ``tucker``, thin factors and a core where that is smaller.
+        to: the layout; None: the usual one of the family, or LyCORIS's, which has a place for cores.
         tolerance: how much larger than the smallest possible a layer's error may be.
         text_encoders: whether they are looked at.
         clamp: cut factors at this quantile of their magnitudes, as some scripts do; None: not at all.
@@ -69,6 +72,7 @@ class Extraction:
     base: Path
     outputs: tuple[tuple[Path, Limit], ...]
     conv_rank: int | None = None
+    conv: Conv = "flat"
     to: str | None = None
     tolerance: float = 0.01
     text_encoders: bool = True
@@ -76,35 +80,25 @@ class Extraction:
     report: Path | None = None
     plot: Path | None = None
 
+    def __post_init__(self) -> None:
+        if self.conv not in get_args(Conv):
+            raise RequestError(f"conv is {self.conv!r} (expected one of {', '.join(get_args(Conv))})")
+
 
 @dataclass(frozen=True)
-class Found:
-    """What a layer gave.
+class _Choice:
+    """What a layer becomes in one output."""
 
-    Attributes:
-        up, down: factors, √σ on both, as many as any output needs; in the output's type.
-        squares: their σ².
-        total: the squared norm of the change.
-        best: what the largest squares of as many could add up to at most.
-        method: how they were found.
-    """
+    form: Form
+    rank: int
 
-    up: torch.Tensor
-    down: torch.Tensor
-    squares: torch.Tensor
-    total: float
-    best: float
-    method: str
 
-    def error(self, rank: int) -> float:
-        """Return ‖Δ - Δ'‖ / ‖Δ‖ at a rank."""
-        return math.sqrt(max(0.0, self.total - float(self.squares[:rank].sum())) / self.total) if self.total else 0.0
+@dataclass(frozen=True)
+class _Spectrum:
+    """What each further component of a layer adds: its singular values, and the like of Tucker's form, where it may have one."""
 
-    @property
-    def excess(self) -> float:
-        """How much larger than the smallest possible the error is at most."""
-        left, least = self.total - float(self.squares.sum()), self.total - self.best
-        return math.sqrt(max(0.0, left) / least) - 1 if least > 1e-9 * self.total and left > 0 else 0.0
+    flat: torch.Tensor
+    curve: torch.Tensor | None
 
 
 @dataclass
@@ -124,19 +118,22 @@ class _Work:
         """The type of the factors."""
         return self.options.output_type or DType.F16
 
-    def run(self) -> list[tuple[Adapter, dict[str, int]]]:
-        """Return an adapter for each output, and its ranks; `found` keeps what the layers gave."""
+    def run(self) -> list[tuple[Adapter, dict[str, _Choice]]]:
+        """Return an adapter for each output, and what was chosen for it; `found` keeps what the layers gave."""
         every = list(layers_of(self.tuned, self.base, text_encoders=self.wanted.text_encoders))
         matrices = {layer.path: layer for layer in every if len(layer.shape) > 1 and ".embeddings." not in layer.path}
         spectra = self._spectra(matrices) if any(not limit.rank for _, limit in self.wanted.outputs) else {}
         sides = self._sides(every)
-        ranks = [self._ranks(limit, matrices, spectra, sides) for _, limit in self.wanted.outputs]
-        most = {path: max(one.get(path, 0) for one in ranks) for path in matrices}
-        self.found = self._factors({path: layer for path, layer in matrices.items() if most[path]}, most)
+        chosen = [
+            self._chosen(limit, matrices, spectra, partial(self._bytes, sides, path))
+            for path, limit in self.wanted.outputs
+        ]
+        self.found = self._factors(matrices, chosen)
         for path, why in sorted(self.quiet.items()):
             said = "unchanged" if why == "unchanged" else "left out: its change is the rounding of the files' types"
             self.notes.add(said, path)
-        return [(self._adapter(matrices, one, sides), one) for one in ranks]
+        outputs = zip(chosen, self.wanted.outputs, strict=True)
+        return [(self._adapter(one, sides, path), one) for one, (path, _) in outputs]
 
     def _each(self, layers: Mapping[str, Layer], label: str, work: Callable[[Layer], None]) -> None:
         # The largest layers first: the last ones to end are small, and no thread waits long for another.
@@ -151,67 +148,80 @@ class _Work:
         if why is not None:
             self.quiet[layer.path] = why
             return None
-        return change.flatten(1)
+        return change
 
-    def _spectra(self, layers: Mapping[str, Layer]) -> dict[str, torch.Tensor]:
-        """Return all singular values of every layer that changed."""
-        spectra: dict[str, torch.Tensor] = {}
+    def _spectra(self, layers: Mapping[str, Layer]) -> dict[str, _Spectrum]:
+        """Return the spectrum of every layer that changed."""
+        spectra: dict[str, _Spectrum] = {}
 
         def work(layer: Layer) -> None:
             change = self._changed(layer)
             if change is not None:
-                small = change if change.shape[0] <= change.shape[1] else change.T
-                values = torch.linalg.eigvalsh(subspace.gram(small)).flip(0).clamp(min=0)
-                spectra[layer.path] = values.double().sqrt()
+                curve = tucker_curve(change) if self._may_have_core(layer) else None
+                spectra[layer.path] = _Spectrum(singular_values(change), curve)
 
         self._each(layers, "looking", work)
         return {path: spectra[path] for path in layers if path in spectra}
 
-    def _ranks(
+    def _chosen(
         self,
         limit: Limit,
         layers: Mapping[str, Layer],
-        spectra: Mapping[str, torch.Tensor],
-        sides: Mapping[str, Record],
-    ) -> dict[str, int]:
+        spectra: Mapping[str, _Spectrum],
+        size_of: SizeOf,
+    ) -> dict[str, _Choice]:
+        """Return what the layers become within a limit; those that become nothing are not there."""
         if limit.rank is not None:
-            return {
-                path: min(self._rank(layer, limit.rank), layer.shape[0], layer.columns)
-                for path, layer in layers.items()
-            }
-        if limit.size is None:
-            return limit.ranks(spectra)
-        forms = {path: _form(layers[path], self.dtype) for path in spectra}
-        return fitting(spectra, forms, limit.size, lambda loras: self._bytes(loras, sides))
+            return {path: self._of_rank(layer, limit.rank) for path, layer in layers.items()}
+        if limit.size is not None:
+            forms = {path: self._form(layers[path], core=one.curve is not None) for path, one in spectra.items()}
+            values = {path: one.flat if one.curve is None else one.curve for path, one in spectra.items()}
+            ranks = fitting(values, forms, limit.size, size_of)
+            return {path: _Choice(forms[path], rank) for path, rank in ranks.items() if rank}
+        flat = limit.ranks({path: one.flat for path, one in spectra.items()})
+        chosen = {path: _Choice(self._form(layers[path]), rank) for path, rank in flat.items()}
+        curves = {path: _with_rest(one.curve, one.flat) for path, one in spectra.items() if one.curve is not None}
+        for path, rank in limit.ranks(curves).items():
+            cored = _Choice(self._form(layers[path], core=True), rank)
+            if rank < curves[path].numel() and cored.form.nbytes(rank) < chosen[path].form.nbytes(chosen[path].rank):
+                chosen[path] = cored
+        return chosen
 
-    def _rank(self, layer: Layer, rank: int) -> int:
-        wide = len(layer.shape) == 4 and layer.shape[2:] != (1, 1)
-        return self.wanted.conv_rank if wide and self.wanted.conv_rank is not None else rank
+    def _of_rank(self, layer: Layer, rank: int) -> _Choice:
+        wanted = rank if self.wanted.conv_rank is None or layer.kernel == 1 else self.wanted.conv_rank
+        flat, cored = self._form(layer), self._form(layer, core=True)
+        if self._may_have_core(layer) and wanted < min(layer.shape[:2]) and cored.nbytes(wanted) < flat.nbytes(wanted):
+            return _Choice(cored, wanted)
+        return _Choice(flat, min(wanted, layer.shape[0], layer.columns))
 
-    def _factors(self, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[str, Found]:
-        found: dict[str, Found] = {}
+    def _may_have_core(self, layer: Layer) -> bool:
+        """Whether a layer may have Tucker's form: where a side is no wider than the kernel there is little to win."""
+        return self.wanted.conv == "tucker" and 1 < layer.kernel < min(layer.shape[:2])
+
+    def _form(self, layer: Layer, *, core: bool = False) -> Form:
+        return Form(rows=layer.shape[0], inner=layer.shape[1:], dtype=self.dtype, tucker=core)
+
+    def _factors(self, layers: Mapping[str, Layer], chosen: Sequence[Mapping[str, _Choice]]) -> dict[str, list[Found]]:
+        """Return for each layer what its outputs need: one decomposition for all flat ones, one for each rank with a core."""
+        found: dict[str, list[Found]] = {}
+        wanted = {path: [one[path] for one in chosen if path in one] for path in layers}
 
         def work(layer: Layer) -> None:
             change = None if layer.path in self.quiet else self._changed(layer)
-            if change is not None:
-                found[layer.path] = self._decomposed(layer.path, change, ranks[layer.path])
+            if change is None:
+                return
+            settings = (layer.path, self.wanted.tolerance, self._stored)
+            flat = max((one.rank for one in wanted[layer.path] if not one.form.tucker), default=0)
+            cored = sorted({one.rank for one in wanted[layer.path] if one.form.tucker})
+            found[layer.path] = [tucker(change, rank, *settings) for rank in cored]
+            found[layer.path] += [flattened(change, flat, *settings)] if flat else []
 
-        self._each(layers, "extracting", work)
+        self._each({path: layer for path, layer in layers.items() if wanted[path]}, "extracting", work)
         return {path: found[path] for path in layers if path in found}
 
-    def _decomposed(self, path: str, change: torch.Tensor, rank: int) -> Found:
-        tall = change.shape[0] > change.shape[1]
-        small = change.T.contiguous() if tall else change
-        part = subspace.leading(small, rank, _start(path, small.shape[0], rank), self.wanted.tolerance)
-        left = part.vectors
-        right = left.T @ small
-        squares = right.double().square().sum(1)
-        root = squares.sqrt().sqrt().float()
-        near, far = left * root, right / root.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        up, down = (far.T, near.T) if tall else (near, far)
-        stored = torch.float16 if self.dtype is DType.F16 else torch.float32
-        halves = [_clamped(half, self.wanted.clamp).to(stored) for half in (up, down)]
-        return Found(halves[0], halves[1], squares, part.total, max(part.best, float(squares.sum())), part.method)
+    def _stored(self, half: torch.Tensor) -> torch.Tensor:
+        """Return a factor as it waits in memory."""
+        return _clamped(half, self.wanted.clamp).to(torch.float16 if self.dtype is DType.F16 else torch.float32)
 
     def _sides(self, every: Sequence[Layer]) -> dict[str, Record]:
         """Return changes of norms, and of biases alone, where the layout holds them; else they are noted."""
@@ -249,21 +259,36 @@ class _Work:
     def _held(self, change: torch.Tensor) -> Held:
         return Held(change, Spec(tuple(change.shape), self.dtype))
 
-    def _adapter(self, layers: Mapping[str, Layer], ranks: Mapping[str, int], sides: Mapping[str, Record]) -> Adapter:
-        modules: dict[str, Record] = {}
-        for path, found in self.found.items():
-            if rank := min(ranks.get(path, 0), found.squares.numel()):
-                side = sides.get(path)
-                record = _form(layers[path], self.dtype).lora(rank, found.up[:, :rank], found.down[:rank])
-                modules[path] = record if side is None else replace(record, bias=side.bias)
-        modules |= {path: record for path, record in sides.items() if path not in modules}
-        if not modules:
-            raise RequestError(f"{self.wanted.tuned}: nothing changed over {self.wanted.base} but rounding")
-        return Adapter(modules, metadata=self._metadata(ranks), family=self.tuned.family)
+    def _of(self, path: str, choice: _Choice) -> Found:
+        """Return the decomposition that a choice was made for."""
+        fitting = (one for one in self.found[path] if isinstance(one, Core) is choice.form.tucker)
+        return next(one for one in fitting if not choice.form.tucker or one.most == choice.rank)
 
-    def _metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
-        models = {"tuned": self.wanted.tuned.name, "base": self.wanted.base.name}
-        return adapter_texts(self.tuned.family, ranks.values()) | {"sdmerge.extracted": json.dumps(models)}
+    def _adapter(self, chosen: Mapping[str, _Choice], sides: Mapping[str, Record], target: Path) -> Adapter:
+        loras = {
+            path: self._of(path, chosen[path]).lora(chosen[path].form, chosen[path].rank)
+            for path in self.found
+            if path in chosen
+        }
+        if not loras and not sides:
+            raise RequestError(f"{self.wanted.tuned}: nothing changed over {self.wanted.base} but rounding")
+        return self._described(_joined(loras, sides), target)
+
+    def _described(self, modules: Mapping[str, Record], target: Path) -> Adapter:
+        """Return an adapter with its metadata."""
+        family, models = self.tuned.family, {"tuned": self.wanted.tuned.name, "base": self.wanted.base.name}
+        texts = model_texts(family, target.stem, self._prediction())
+        texts |= network_texts(family, self.layout, modules) | {"sdmerge.extracted": json.dumps(models)}
+        return Adapter(dict(modules), metadata=texts, family=family)
+
+    def _prediction(self) -> str | None:
+        """Return what the model predicts, where it says that."""
+        for places in (self.tuned, self.base):
+            if "v_pred" in places.source.specs:
+                return "v"
+            if said := places.source.metadata.get("modelspec.prediction_type"):
+                return said
+        return None
 
     def written(self, adapter: Adapter) -> Written:
         """Return the output's tensors."""
@@ -271,27 +296,24 @@ class _Work:
         assert self.layout.write is not None, "check_holds refuses layouts that are only read"
         return self.layout.write(self.layout, adapter, fold)
 
-    def _bytes(self, loras: Mapping[str, LoRA], sides: Mapping[str, Record]) -> int:
-        ranks = {path: lora.rank for path, lora in loras.items()}
-        made = self.written(Adapter({**loras, **sides}, metadata=self._metadata(ranks), family=self.tuned.family))
-        specs = {name: ref.spec for name, ref in made.tensors.items()}
-        header, _ = laid_out(specs, metadata_of(made.metadata))
-        return len(header) + sum(spec.nbytes for spec in specs.values())
+    def _bytes(self, sides: Mapping[str, Record], target: Path, loras: Mapping[str, LoRA]) -> int:
+        return size_of(self.written(self._described(_joined(loras, sides), target)))
 
-    def described(self, ranks: Mapping[str, int]) -> dict[str, Any]:
-        """Return what became of each layer of the first output, for the report."""
-        layers: dict[str, dict[str, Any]] = {
-            path: {
-                "rank": ranks[path],
-                "norm": math.sqrt(found.total),
-                "energy": 1 - found.error(ranks[path]) ** 2,
-                "error": found.error(ranks[path]),
-                "excess_at_most": found.excess,
-                "method": found.method,
-            }
-            for path, found in self.found.items()
-            if ranks.get(path)
-        }
+    def described(self, chosen: Mapping[str, _Choice]) -> dict[str, Any]:
+        """Return what became of each layer of an output, for the report."""
+        layers: dict[str, dict[str, Any]] = {}
+        for path in self.found:
+            if choice := chosen.get(path):
+                found = self._of(path, choice)
+                error = found.error(choice.rank)
+                layers[path] = {
+                    "rank": choice.rank,
+                    "norm": math.sqrt(found.total),
+                    "energy": 1 - error**2,
+                    "error": error,
+                    "excess_at_most": found.excess,
+                    "method": found.method,
+                }
         left = math.fsum((one["norm"] * one["error"]) ** 2 for one in layers.values())
         total = math.fsum(one["norm"] ** 2 for one in layers.values())
         return {
@@ -301,15 +323,16 @@ class _Work:
         }
 
 
-def _form(layer: Layer, dtype: DType) -> Form:
-    return Form(rows=layer.shape[0], inner=layer.shape[1:], dtype=dtype)
+def _joined(loras: Mapping[str, LoRA], sides: Mapping[str, Record]) -> dict[str, Record]:
+    """Return modules with what else of them changed: a bias goes with the LoRA."""
+    biased = {path: replace(lora, bias=sides[path].bias if path in sides else None) for path, lora in loras.items()}
+    return {**sides, **biased}
 
 
-def _start(path: str, side: int, rank: int) -> torch.Tensor:
-    """Return numbers to start a search with: the same for the same layer anywhere."""
-    count = side * (rank + _START)
-    words = philox.Stream(philox.key(0, path), count).take(0, count)
-    return torch.from_numpy(words.view("int32").astype("float32")).reshape(side, -1) * 2.0**-31
+def _with_rest(curve: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    """Return a curve with what no rank of it reaches as its last component."""
+    rest = (flat.square().sum() - curve.square().sum()).clamp(min=0).sqrt()
+    return torch.cat([curve, rest[None]])
 
 
 def _clamped(half: torch.Tensor, quantile: float | None) -> torch.Tensor:
@@ -329,9 +352,7 @@ def extract(wanted: Extraction, options: Options) -> list[Report]:
         sdmerge.errors.SdmergeError: the request cannot be fulfilled.
     """
     started = time.perf_counter()
-    for path in (wanted.report, wanted.plot, *(target for target, _ in wanted.outputs)):
-        if path is not None and path.exists() and not options.overwrite:
-            raise OutputExists("exists already", path=path, advice="pass --overwrite, or choose another name")
+    check_new((wanted.report, wanted.plot, *(target for target, _ in wanted.outputs)), options)
     with ExitStack() as stack:
         with no_collection():
             sources = [stack.enter_context(open_source(path)) for path in (wanted.tuned, wanted.base)]
@@ -341,7 +362,10 @@ def extract(wanted: Extraction, options: Options) -> list[Report]:
                 f"{wanted.tuned.name} is {tuned.family or 'of no known family'}, {wanted.base.name} {base.family or 'neither'} "
                 "(expected two models of one family; --family says which)"
             )
-        layout = layout_for(tuned.family, wanted.to)
+        layout = layout_for(tuned.family, wanted.to or ("lycoris" if wanted.conv == "tucker" else None))
+        if wanted.conv == "tucker" and "tucker" not in layout.holds:
+            ways = ways_out(frozenset({"lora", "locon", "tucker"}), tuned.family)
+            raise CannotHold(f"the layout {layout.name} has no place for the cores of Tucker's form", advice=ways)
         work = _Work(wanted, options, tuned, base, layout)
         made = work.run()
         told = work.described(made[0][1])
@@ -352,10 +376,5 @@ def extract(wanted: Extraction, options: Options) -> list[Report]:
             plan = plan_of(written, tuple(sources), tuned.family, work.notes)
             reports.append(write_out(plan, written, target, options, started, "writing"))
     if not options.dry_run:
-        if wanted.report is not None:
-            wanted.report.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        if wanted.plot is not None:
-            from sdmerge.lora.rank_plot import paint
-
-            paint(wanted.plot, told["layers"])
+        write_told(told, wanted.report, wanted.plot)
     return reports

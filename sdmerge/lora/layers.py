@@ -54,6 +54,11 @@ class Layer:
         """Inputs times the kernel."""
         return prod(self.shape[1:])
 
+    @property
+    def kernel(self) -> int:
+        """How many pixels its kernel has; 1 for what is no convolution."""
+        return prod(self.shape[2:])
+
     def change(self) -> tuple[Tensor, float]:
         """Read both weights; return what changed, in float32, and how large the rounding of their types alone may make it.
 

@@ -24,6 +24,7 @@ def paint(path: Path, layers: Mapping[str, Mapping[str, Any]]) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     names = sorted(layers, key=_place)
     blocks = [match[1] if (match := _BLOCK.match(name)) else name.partition(".")[0] for name in names]
@@ -32,6 +33,7 @@ def paint(path: Path, layers: Mapping[str, Mapping[str, Any]]) -> None:
     x = range(len(names))
     axes[0].bar(x, [layers[name]["rank"] for name in names], width=1.0, color="#4477aa")
     axes[0].set_ylabel("rank")
+    axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1].bar(x, [100 * layers[name]["energy"] for name in names], width=1.0, color="#66aa55")
     axes[1].set_ylabel("energy kept, %")
     axes[1].set_ylim(0, 100)

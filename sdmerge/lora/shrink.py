@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     SizeOf = Callable[[Mapping[str, LoRA]], int]
 
+_FINE = 1000
+"""A size is filled but for this part of it, or less than what a component takes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
@@ -36,6 +39,7 @@ class Form:
         rows: m.
         inner: the shape of a row: (in,), or (in, kh, kw).
         dtype: of the factors in the output.
+        tucker: whether there is a core between the factors, (rank, rank, kh, kw), and the second is (rank, in, 1, 1).
         bias: stays.
         reshape: stays.
     """
@@ -43,24 +47,41 @@ class Form:
     rows: int
     inner: tuple[int, ...]
     dtype: DType
+    tucker: bool = False
     bias: Ref | None = None
     reshape: tuple[int, ...] | None = None
 
-    @property
-    def sides(self) -> tuple[int, int]:
-        """(m, n)."""
-        return self.rows, math.prod(self.inner)
+    def costs(self, count: int) -> torch.Tensor:
+        """Return the bytes that each of the first `count` components adds."""
+        kernel = math.prod(self.inner[1:])
+        core = (2 * torch.arange(count) + 1) * kernel if self.tucker else torch.zeros(count, dtype=torch.int64)
+        return (self.rows + (self.inner[0] if self.tucker else self.inner[0] * kernel) + core) * self.dtype.itemsize
 
-    def lora(self, rank: int, up: torch.Tensor, down: torch.Tensor) -> LoRA:
-        """Return the record of factors in memory."""
+    def nbytes(self, rank: int) -> int:
+        """Return the bytes of all factors at a rank."""
+        return int(self.costs(rank).sum())
+
+    def lora(self, rank: int, up: torch.Tensor, down: torch.Tensor, mid: torch.Tensor | None = None) -> LoRA:
+        """Return the record of factors in memory; they may be flattened."""
         tail = (1,) * (len(self.inner) - 1)
+        inner = (self.inner[0], *tail) if self.tucker else self.inner
+        core = None if mid is None else Held(mid, Spec((rank, rank, *self.inner[1:]), self.dtype))
         return LoRA(
             up=Held(up, Spec((self.rows, rank, *tail), self.dtype)),
-            down=Held(down, Spec((rank, *self.inner), self.dtype)),
+            down=Held(down, Spec((rank, *inner), self.dtype)),
+            mid=core,
             alpha=float(rank),
             bias=self.bias,
             reshape=self.reshape,
         )
+
+    def placeholder(self, rank: int, number: int) -> LoRA:
+        """Return a record of the right shapes that takes no memory; another number makes it another."""
+        filler = torch.tensor(float(number))
+        made = self.lora(rank, filler, filler, filler if self.tucker else None)
+        up, down = (Held(filler.expand(ref.shape), ref.spec) for ref in (made.up, made.down))
+        mid = None if made.mid is None else Held(filler.expand(made.mid.shape), made.mid.spec)
+        return replace(made, up=up, down=down, mid=mid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +99,7 @@ class Piece(Form):
     @property
     def cost(self) -> int:
         """Bytes of its factors."""
-        return self.before * sum(self.sides) * self.dtype.bits // 8
+        return self.nbytes(self.before)
 
 
 @dataclass(frozen=True)
@@ -176,24 +197,23 @@ def fitting(
     Raises:
         RequestError: the size is too small for anything.
     """
-    shapes = {path: forms[path].sides for path in spectra}
-    widths = {path: forms[path].dtype.bits // 8 for path in spectra}
-    room = size
-    while room > 0:
-        ranks = budget.by_bytes(spectra, shapes, widths, room)
-        over = size_of(_placeholders(forms, ranks)) - size
-        if over <= 0 and any(ranks.values()):
-            return ranks
-        room -= max(over, 1)
-    raise RequestError(f"size is {size:,} bytes, in which no module has a place (give a larger one)")
-
-
-def _placeholders(forms: Mapping[str, Form], ranks: Mapping[str, int]) -> dict[str, LoRA]:
-    """Return records of the right shapes that take no memory, no two of them equal where they may be fused."""
-    found = {}
-    for i, (path, rank) in enumerate(ranks.items()):
-        if rank:
-            rows, columns = forms[path].sides
-            filler = torch.tensor(float(i % 199 + 1))
-            found[path] = forms[path].lora(rank, filler.expand(rows, rank), filler.expand(rank, columns))
+    costs = {path: forms[path].costs(spectra[path].numel()) for path in spectra}
+    found: dict[str, int] | None = None
+    low, high, room = 0, size + 1, size  # bytes of factors that fit, that do not, and that are tried
+    while high - low > 1 + size // _FINE:
+        ranks = budget.by_bytes(spectra, costs, room)
+        # No two placeholders are equal where they may be fused.
+        kept = {
+            path: forms[path].placeholder(rank, i % 199 + 1) for i, (path, rank) in enumerate(ranks.items()) if rank
+        }
+        over = size_of(kept) - size
+        if over <= 0:
+            found, low = (ranks if kept else None), room
+        else:
+            high = room
+        room -= over
+        if not low < room < high:
+            room = (low + high) // 2
+    if found is None:
+        raise RequestError(f"size is {size:,} bytes, in which no module has a place (give a larger one)")
     return found

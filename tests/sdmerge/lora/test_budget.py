@@ -52,7 +52,8 @@ def test_ranks_suffice_and_are_smallest(values: list[torch.Tensor], share: float
 def test_budget_is_never_exceeded_and_nearly_the_best(values: list[torch.Tensor], size: int, m: int, n: int) -> None:
     named = {str(i): sigma for i, sigma in enumerate(values)}
     shapes = {path: (m + int(path), n) for path in named}
-    ranks = budget.by_bytes(named, shapes, 2, size)
+    costs = {path: torch.full((sigma.numel(),), 2 * sum(shapes[path])) for path, sigma in named.items()}
+    ranks = budget.by_bytes(named, costs, size)
 
     def taken(of: dict[str, int]) -> int:
         return sum(2 * rank * sum(shapes[path]) for path, rank in of.items())
@@ -67,10 +68,17 @@ def test_budget_is_never_exceeded_and_nearly_the_best(values: list[torch.Tensor]
 
 def test_bytes_may_differ_by_module_and_zeros_are_left_out() -> None:
     same = {"a": torch.tensor([2.0, 1.0]), "b": torch.tensor([2.0, 1.0])}
-    shapes = {"a": (2, 2), "b": (2, 2)}
-    assert budget.by_bytes(same, shapes, {"a": 4, "b": 2}, 8) == {"a": 0, "b": 1}
-    assert budget.by_bytes(SPECTRA, dict.fromkeys(SPECTRA, (1, 1)), 2, 10_000) == {"a": 3, "b": 1, "c": 0}
-    assert budget.by_bytes({}, {}, 2, 10) == {}
+    costs = {"a": torch.tensor([16, 16]), "b": torch.tensor([8, 8])}
+    assert budget.by_bytes(same, costs, 8) == {"a": 0, "b": 1}
+    costs = {path: torch.full((sigma.numel(),), 4) for path, sigma in SPECTRA.items()}
+    assert budget.by_bytes(SPECTRA, costs, 10_000) == {"a": 3, "b": 1, "c": 0}
+    assert budget.by_bytes({}, {}, 10) == {}
+
+
+def test_components_come_in_order_where_later_ones_are_worth_more() -> None:
+    curve, costs = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([2.0, 0.5])}, torch.tensor([4, 4])
+    assert budget.by_bytes(curve, {"a": costs, "b": costs}, 8) == {"a": 1, "b": 1}
+    assert budget.by_bytes(curve, {"a": costs, "b": torch.tensor([40, 40])}, 8) == {"a": 2, "b": 0}
 
 
 @pytest.mark.parametrize("wrong", [{"rank": 1, "size": 2}, {"rank": 0}, {"energy": 0}, {"error": 1}, {"size": -1}])

@@ -12,11 +12,13 @@ from torch import Tensor
 
 import sdmerge
 from sdformats.adapters import open_adapter
+from sdformats.adapters.errors import CannotHold
 from sdformats.files import open_source
 from sdmerge.errors import FamilyError, MismatchError, RequestError
 from sdmerge.lora.delta import delta
 from sdmerge.lora.refs import value
 from tests.sdmerge import toys
+from tests.sdmerge.lora.records import numbers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -184,8 +186,9 @@ def test_text_encoders_can_be_left_alone(tmp_path: Path) -> None:
 
 def test_any_number_of_threads_gives_the_same_bytes(tmp_path: Path) -> None:
     tuned, base, _ = models(tmp_path, rank=5)
-    files = [tmp_path / f"l{threads}.safetensors" for threads in (1, 2, 5)]
+    files = [tmp_path / str(threads) / "l.safetensors" for threads in (1, 2, 5)]
     for file, threads in zip(files, (1, 2, 5), strict=True):
+        file.parent.mkdir()
         sdmerge.extract_lora(tuned, base, file, rank=3, threads=threads, family="sd1")
     assert len({file.read_bytes() for file in files}) == 1
 
@@ -238,3 +241,71 @@ def test_the_picture_is_painted(tmp_path: Path) -> None:
     tuned, base, _ = models(tmp_path)
     sdmerge.extract_lora(tuned, base, tmp_path / "l.safetensors", rank=2, plot=tmp_path / "r.png", family="sd1")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def wide_models(folder: Path) -> tuple[Path, Path, Tensor]:
+    """Write two models whose first convolution is (24, 20, 3, 3), and its change, which Tucker's form of rank 6 nearly holds."""
+    base = toys.toy(1, torch.float32) | {CONV: numbers(1, 24, 20, 3, 3, spread=0.1)}
+    up, mid, down = numbers(2, 24, 6), numbers(3, 6, 6, 3, 3), numbers(4, 6, 20)
+    change = torch.einsum("om,mnhw,ni->oihw", up, mid, down) + numbers(5, 24, 20, 3, 3, spread=0.02)
+    tuned = base | {CONV: base[CONV] + change, TO_Q: base[TO_Q] + low_rank(base[TO_Q].shape, 2, 1)}
+    return *(toys.save(folder / f"{n}.safetensors", t) for n, t in (("t", tuned), ("b", base))), change
+
+
+def test_convolutions_may_have_a_core(tmp_path: Path) -> None:
+    tuned, base, change = wide_models(tmp_path)
+    flat, cored, report = (tmp_path / name for name in ("f.safetensors", "c.safetensors", "r.json"))
+    sdmerge.extract_lora(tuned, base, flat, rank=6, family="sd1", to="lycoris")
+    done = sdmerge.extract_lora(tuned, base, cored, rank=6, conv="tucker", family="sd1", report=report)[0]
+    assert any("as lycoris" in note for note in done.notes)
+    tensors = load_file(cored)
+    module = "lora_unet_down_blocks_0_resnets_0_conv1"
+    assert tensors[f"{module}.lora_mid.weight"].shape == (6, 6, 3, 3)
+    assert tensors[f"{module}.lora_down.weight"].shape == (6, 20, 1, 1)
+    assert cored.stat().st_size < flat.stat().st_size
+    error = (extracted(cored)[PATHS[CONV]] - change).norm() / change.norm()
+    told = json.loads(report.read_text())["layers"]
+    assert float(error) < 0.05
+    assert told[PATHS[CONV]]["error"] == pytest.approx(float(error), abs=1e-3)
+    assert told[PATHS[CONV]]["method"] == "tucker"
+    assert told[PATHS[TO_Q]]["method"] == "eigen", "no convolution"
+
+
+@pytest.mark.parametrize("bound", [{"size": 9_000}, {"size": 14_000}, {"energy": 0.9}, {"error": 0.02}])
+def test_a_core_keeps_to_any_bound(bound: dict[str, float], tmp_path: Path) -> None:
+    tuned, base, change = wide_models(tmp_path)
+    out, also = tmp_path / "l.safetensors", tmp_path / "also.safetensors"
+    sdmerge.extract_lora(tuned, base, out, **bound, conv="tucker", family="sd1", dtype="fp32", also={also: 8_000})
+    error = float((extracted(out)[PATHS[CONV]] - change).norm() / change.norm())
+    if "size" in bound:
+        assert out.stat().st_size <= bound["size"]
+        assert error < 0.9
+    else:
+        assert error <= bound.get("error", 0.1**0.5) * 1.001
+    # A core of the rank that such a small error needs would be larger than two factors are.
+    assert any("lora_mid" in name for name in load_file(out)) is ("error" not in bound)
+    assert also.stat().st_size <= 8_000
+
+
+def test_cores_need_a_layout_with_a_place_for_them(tmp_path: Path) -> None:
+    tuned, base, _ = wide_models(tmp_path)
+    with pytest.raises(CannotHold, match="kohya has no place for the cores.*lycoris"):
+        sdmerge.extract_lora(tuned, base, tmp_path / "l.safetensors", rank=6, conv="tucker", to="kohya", family="sd1")
+
+
+@pytest.mark.parametrize("size", [9_000, 12_000, 20_000])
+def test_a_size_counts_norms_and_biases_and_is_filled(size: int, tmp_path: Path) -> None:
+    tuned, base, _ = models(tmp_path, rank=8)
+    bias = TO_Q.replace("weight", "bias")
+    first, second = (load_file(path) for path in (base, tuned))
+    first[bias], second[bias] = torch.zeros(8), torch.ones(8)
+    second[NORM] = first[NORM] + 1
+    for name in [name for name in first if name.startswith(toys.UNET) and first[name].dim() > 1]:
+        second[name] = first[name] + low_rank(first[name].shape, 8, len(name))
+    files = [toys.save(tmp_path / f"{n}.safetensors", t) for n, t in (("t", second), ("b", first))]
+    out = tmp_path / "l.safetensors"
+    sdmerge.extract_lora(*files, out, size=size, to="lycoris", family="sd1")
+    assert size * 0.95 <= out.stat().st_size <= size
+    with open_source(out) as source:
+        modules = open_adapter(source)[0].modules
+    assert modules[PATHS[TO_Q]].bias is not None

@@ -128,7 +128,8 @@ def test_dense_methods_then_the_best_approximation(method: Any, values: dict[str
             expected = sum(sdkernels.dropout.drop(delta, 0.6, key) for delta, key in zip(deltas, keys, strict=True))
         u, s, vh = torch.linalg.svd(torch.as_tensor(expected).double(), full_matrices=False)
         assert relative(change, (u[:, :40] * s[:40]) @ vh[:40]) < 1e-3  # an element at the edge may go either way
-    again = tmp_path / "again.safetensors"
+    again = tmp_path / "again" / "out.safetensors"
+    again.parent.mkdir()
     adapters.merge_lora(inputs, again, method=method, parameters=values, rank=40, dtype="fp32", threads=1)
     assert again.read_bytes() == out.read_bytes()
 
@@ -179,6 +180,7 @@ def test_metadata_tells_what_was_done_and_nothing_of_training(tmp_path: Path) ->
     assert json.loads(found.pop("sdmerge.merge_lora")) == {"method": "sum", "strengths": [1.0, 0.5]}
     assert found.pop("ss_base_model_version") == "sd_v1"
     assert found["ss_network_dim"] == "Dynamic"
+    assert (found["modelspec.title"], found["modelspec.architecture"]) == ("out", "stable-diffusion-v1/lora")
     assert not {"ss_tag_frequency", "ss_training_started_at"} & found.keys()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from sdformats.errors import FormatError
+from sdformats.errors import FormatError, OutputExists
 from sdformats.safetensors import SafetensorsSource
 from sdmerge import adapters
 from sdmerge.cli import root
@@ -45,7 +45,7 @@ def test_equals_the_truncated_svd(kind: str, rank: int, tmp_path: Path) -> None:
         source, tmp_path / "out.safetensors", rank=rank, dtype="fp32", to=to, report=tmp_path / "r.json"
     )
     found, before = changes(tmp_path / "out.safetensors"), changes(source)
-    report = json.loads((tmp_path / "r.json").read_text())["modules"]
+    report = json.loads((tmp_path / "r.json").read_text())["layers"]
     assert found.keys() == before.keys()
     for path, change in before.items():
         expected = best(change, rank)
@@ -64,7 +64,8 @@ def test_keeps_type_layout_and_what_is_true_of_it(tmp_path: Path) -> None:
         found = dict(made.metadata)
     assert (found["ss_network_dim"], found["ss_network_alpha"], found["ss_tag_frequency"]) == ("2", "2", "{}")
     assert json.loads(found["sdmerge.resize_lora"]) == {"rank": 2}
-    assert "sshs_model_hash" not in found
+    assert json.loads(found["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "2"}
+    assert found["sshs_model_hash"] != "0", "the hash of the new bytes"
     assert str(tmp_path) not in str(found)
 
 
@@ -96,7 +97,8 @@ def test_any_number_of_threads_gives_the_same_bytes(tmp_path: Path) -> None:
     source = saved(tmp_path / "in.safetensors", lora(rank=16, dtype=torch.float16))
     made = []
     for threads in (1, 2, 5):
-        out = tmp_path / f"{threads}.safetensors"
+        out = tmp_path / str(threads) / "out.safetensors"
+        out.parent.mkdir()
         adapters.resize_lora(source, out, size=30_000, threads=threads)
         made.append(out.read_bytes())
     assert made[0] == made[1] == made[2]
@@ -143,6 +145,17 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["written"]
     assert out.stat().st_size <= 20_000
-    assert json.loads((tmp_path / "r.json").read_text())["modules"]
+    assert json.loads((tmp_path / "r.json").read_text())["layers"]
     dry = CliRunner().invoke(root, ["resize-lora", str(source), "-o", str(tmp_path / "x"), "--rank", "2", "--dry-run"])
     assert "expected a name that ends in .safetensors" in str(dry.exception)
+
+
+def test_the_picture_is_painted(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    norm = {"lora_unet_down_blocks_0_resnets_0_norm1.w_norm": noise(36, seed=1, dtype=torch.float32)}
+    source, plot = saved(tmp_path / "in.safetensors", lora() | norm), tmp_path / "r.png"
+    adapters.resize_lora(source, tmp_path / "out.safetensors", rank=2, plot=plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OutputExists, match=r"r\.png"):
+        adapters.resize_lora(source, tmp_path / "other.safetensors", rank=2, plot=plot)
+    assert not (tmp_path / "other.safetensors").exists()
