@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from sdmerge.blocks import Weights as Weights
     from sdmerge.comparison import Difference as Difference
     from sdmerge.comparison import diff as diff
+    from sdmerge.embeddings import bundle_embeddings as bundle_embeddings
+    from sdmerge.embeddings import extract_embeddings as extract_embeddings
+    from sdmerge.embeddings import mix_embeddings as mix_embeddings
+    from sdmerge.embeddings import slice_embedding as slice_embedding
+    from sdmerge.embeddings import stack_embeddings as stack_embeddings
     from sdmerge.errors import SdmergeError as SdmergeError
     from sdmerge.inspection import inspect_path as inspect_path
     from sdmerge.options import Options as Options
@@ -50,6 +55,11 @@ _HOMES = {
     "Weights": "sdmerge.blocks",
     "Difference": "sdmerge.comparison",
     "diff": "sdmerge.comparison",
+    "bundle_embeddings": "sdmerge.embeddings",
+    "extract_embeddings": "sdmerge.embeddings",
+    "mix_embeddings": "sdmerge.embeddings",
+    "slice_embedding": "sdmerge.embeddings",
+    "stack_embeddings": "sdmerge.embeddings",
     "SdmergeError": "sdmerge.errors",
     "inspect_path": "sdmerge.inspection",
     "Options": "sdmerge.options",

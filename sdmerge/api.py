@@ -185,18 +185,26 @@ def convert(
     allow_loss: bool = False,
     adapter_config: PathLike | None = None,
     base: PathLike | None = None,
+    token: str | None = None,
+    for_family: str | None = None,
+    preview: PathLike | None = None,
     **options: Unpack[OptionFields],
 ) -> Report:
-    """Write a model's tensors, under their names, as safetensors; or an adapter in another layout.
+    """Write a model's tensors, under their names, as safetensors; an adapter or an embedding in another layout.
 
     Args:
         source: what to read.
-        output: where to write: a file, or for PEFT a folder.
-        to: an adapter layout, as ``sdmerge layouts`` lists them; None keeps every name.
+        output: where to write: a file, or for PEFT a folder. Of an embedding the ending decides about the container:
+            ``.safetensors``, ``.pt``, ``.bin``, ``.png``; none for diffusers' two files in a folder.
+        to: a layout, as ``sdmerge layouts`` lists them; None keeps every name, and of an embedding means the usual layout
+            for the output's ending.
         form: turn every record of an adapter into ``lora`` or ``full`` differences.
         allow_loss: leave out what the layout cannot hold, and note it, instead of refusing.
         adapter_config: PEFT's ``adapter_config.json``, where it is not beside the file.
         base: the model that the adapter is for, where a change depends on its weights or shapes.
+        token: what an embedding's word is called; None: as it was, or after the file.
+        for_family: refuse an embedding that is for another family.
+        preview: the picture that an embedding in a PNG is put beside; None: one of its vectors is painted.
         options: see `Options`.
 
     Raises:
@@ -211,6 +219,9 @@ def convert(
         allow_loss=allow_loss,
         adapter_config=None if adapter_config is None else Path(adapter_config),
         base=None if base is None else Path(base),
+        token=token,
+        for_family=for_family,
+        preview=None if preview is None else Path(preview),
     )
     return convert_file(Path(source), Path(output), conversion, Options(**options))
 

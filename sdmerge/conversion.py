@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from sdmerge.embedding.convert import convert_embedding
+from sdmerge.embedding.write import Wanted
 from sdmerge.errors import RequestError
 from sdmerge.execute import check_decided, copy_model, no_collection, open_model
 from sdmerge.lora.convert import LAYOUT_NAMES, convert_adapter
@@ -32,6 +34,9 @@ class Conversion:
         allow_loss: leave out what the layout cannot hold, instead of refusing.
         adapter_config: PEFT's settings, where they are not beside the file.
         base: the model that an adapter is for, where a change depends on its weights or its shapes.
+        token: what the word of an embedding is to be called.
+        for_family: what an embedding must be for.
+        preview: the picture that an embedding in a PNG is put beside; None: one of its vectors.
     """
 
     to: str | None = None
@@ -39,6 +44,9 @@ class Conversion:
     allow_loss: bool = False
     adapter_config: Path | None = None
     base: Path | None = None
+    token: str | None = None
+    for_family: str | None = None
+    preview: Path | None = None
 
     @property
     def given(self) -> frozenset[str]:
@@ -114,10 +122,22 @@ def _small(given: Given, target: Path, conversion: Conversion, options: Options)
     return convert_small(given.source, given.seen, target, conversion.to, options, given.started)
 
 
-_OPTIONS = {"form": "as", "allow_loss": "allow-loss", "adapter_config": "adapter-config"}
+def _embedding(given: Given, target: Path, conversion: Conversion, options: Options) -> Report:
+    wanted = Wanted(
+        to=conversion.to,
+        token=conversion.token,
+        family=conversion.for_family,
+        preview=conversion.preview,
+        allow_loss=conversion.allow_loss,
+    )
+    return convert_embedding(given.source, target, wanted, options, given.started)
+
+
+_OPTIONS = {"form": "as", "allow_loss": "allow-loss", "adapter_config": "adapter-config", "for_family": "for"}
 _PLAIN = Converter(_copied, frozenset())
 CONVERTERS: Mapping[str, Converter] = {
     "adapter": Converter(_adapter, frozenset({"to", "form", "allow_loss", "adapter_config", "base"})),
+    "embedding": Converter(_embedding, frozenset({"to", "token", "for_family", "preview", "allow_loss"})),
     **dict.fromkeys(FORMATS, Converter(_small, frozenset({"to"}))),
 }
 """By kind, as `sdformats.layout.Detection` names it. What has no entry is copied, its names kept."""

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from sdformats.folder_sink import FolderSink
+from sdformats.png import PngSink
 from sdformats.safetensors import SafetensorsSink
 from sdformats.safetensors import layout as laid_out
 from sdformats.torch_sink import SUFFIXES as TORCH_SUFFIXES
@@ -19,14 +20,20 @@ from sdmerge.lora.refs import step_of
 from sdmerge.step import Plan, ordered
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from sdformats.adapters.layout import Written
+    from sdformats.png.pixels import Pixels
     from sdformats.tensor import Spec, TensorSink, TensorSource
     from sdmerge.execute import Report
     from sdmerge.options import Options
     from sdmerge.policy import Notes
 
+    Paint = Callable[[], Pixels]
+
+PNG = ".png"
+_IN_FOLDER = ".safetensors/"
 _OF_OLD_BYTES = (*hashing.SD_SCRIPTS, "modelspec.hash_sha256")
 
 
@@ -49,43 +56,72 @@ def size_of(written: Written) -> int:
     return len(header) + sum(spec.nbytes for spec in specs.values()) + sum(map(len, written.texts.values()))
 
 
-def write_out(plan: Plan, written: Written, target: Path, options: Options, started: float, label: str) -> Report:
+def write_out(
+    plan: Plan,
+    written: Written,
+    target: Path,
+    options: Options,
+    started: float,
+    label: str,
+    paint: Paint | None = None,
+) -> Report:
     """Write what a layout made; in a dry run, say what would be.
+
+    Args:
+        plan: writes the tensors.
+        written: what the layout made.
+        target: where to write.
+        options: see `Options`.
+        started: when the command began, as `time.perf_counter` told it.
+        label: what the progress is called.
+        paint: returns the picture that the tensors are put into, where the output may be one.
 
     Raises:
         sdmerge.errors.RequestError: the output's name is not one for this layout.
         sdformats.errors.FormatError, sdmerge.errors.ValueRefused: as reading and writing do.
     """
-    check_target(target, written)
+    check_target(target, written, painted=paint is not None)
     if options.dry_run:
         return report_of(plan, target, started)
-    make_sink = partial(_sink, written=written, overwrite=options.overwrite)
+    make_sink = partial(_sink, written=written, overwrite=options.overwrite, paint=paint)
     return write_plans([plan], [metadata_of(written)], [target], options, started, label, make_sink)[0]
 
 
-def check_target(target: Path, written: Written) -> None:
+def check_target(target: Path, written: Written, *, painted: bool = False) -> None:
     """Refuse a name that does not fit the container.
 
     Raises:
         RequestError: so it is.
     """
-    if written.texts:
+    if _is_folder(written):
         if target.suffix:
             raise RequestError(f"{target}: this layout is a folder (expected a name without an ending)")
         return
-    endings = (".safetensors", *(TORCH_SUFFIXES if written.tree is not None else ()))
+    endings = (".safetensors", *(TORCH_SUFFIXES if written.tree is not None else ()), *((PNG,) if painted else ()))
     if target.suffix.lower() not in endings:
         raise RequestError(f"{target}: cannot be written (expected a name that ends in {' or '.join(endings)})")
 
 
+def _is_folder(written: Written) -> bool:
+    return bool(written.texts) or any(_IN_FOLDER in name for name in written.tensors)
+
+
 def _sink(
-    target: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], *, written: Written, overwrite: bool
+    target: Path,
+    specs: Mapping[str, Spec],
+    metadata: Mapping[str, str],
+    *,
+    written: Written,
+    overwrite: bool,
+    paint: Paint | None = None,
 ) -> TensorSink:
-    if written.texts:
+    if _is_folder(written):
         texts = written.texts
         return FolderSink(target, specs, metadata, None, place=_file_and_name, texts=texts, overwrite=overwrite)
     if target.suffix.lower() in TORCH_SUFFIXES:
         return TorchZipSink(target, specs, written.tree, overwrite=overwrite)
+    if paint is not None and target.suffix.lower() == PNG:
+        return PngSink(target, specs, written.tree, picture=paint(), overwrite=overwrite)
     seal = hashing.sd_scripts if metadata.keys() >= hashing.SD_SCRIPTS.keys() else None
     return SafetensorsSink(target, specs, metadata, overwrite=overwrite, seal=seal)
 
@@ -101,5 +137,5 @@ def sink_of_small(
 
 def _file_and_name(name: str) -> tuple[str, str]:
     """Take ``folder/file.safetensors/tensor`` apart."""
-    file, _, key = name.partition(".safetensors/")
+    file, _, key = name.partition(_IN_FOLDER)
     return f"{file}.safetensors", key

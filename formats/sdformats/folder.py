@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 PEFT_CONFIG = "adapter_config.json"
+LEARNED = ("learned_embeds", "learned_embeds_2")
+"""The files in which diffusers puts the embeddings for SDXL's two text encoders."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _NO_MODEL = ("scheduler", "tokenizer", "feature_extractor", "image_processor", "processor")
@@ -129,6 +131,8 @@ def open_folder(path: Path, opener: Opener) -> TensorSource:
     if adapters:
         return FolderSource(path, [(f"{name}.", opener(weights)) for name, weights in adapters.items()])
     components = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith((".", *_NO_MODEL))]
+    if not components and not (path / INDEX).is_file() and (learned := _learned(path)):
+        return FolderSource(path, [(f"{name}.", opener(weights)) for name, weights in learned.items()])
     own = _choose(path, of_pipeline=(path / INDEX).is_file())
     chosen = {p.name: choice for p in components if (choice := _choose(p)) is not None}
     if (path / INDEX).is_file() or (chosen and own is None):
@@ -181,6 +185,16 @@ def _peft_adapters(path: Path) -> dict[str, Path]:
         if there:
             found["" if folder == path else folder.name] = there[0]
     return found
+
+
+def _learned(path: Path) -> dict[str, Path]:
+    """Return the two files of an embedding for SDXL; nothing where they are not both there."""
+    found = {}
+    for name in LEARNED:
+        there = [file for suffix in _WEIGHTS if (file := path / f"{name}{suffix}").is_file()]
+        if there:
+            found[name] = there[0]
+    return found if len(found) == len(LEARNED) else {}
 
 
 def _choose(folder: Path, *, of_pipeline: bool = False) -> _Choice | None:

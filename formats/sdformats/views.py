@@ -364,6 +364,19 @@ def numbers(ref: Ref) -> list[float]:
     return [float(value) for value in _READERS[ref.spec.dtype](bits(ref).reshape(-1))]
 
 
+def floats(ref: Ref) -> np.ndarray[Any, Any]:
+    """Read a tensor of floating-point numbers.
+
+    Raises:
+        FormatError: its type is none that numpy and bit shifts can tell: an fp8.
+    """
+    if ref.spec.dtype not in _READERS:
+        raise FormatError(
+            f"is {ref.spec}", key=str(next(ref.stored(), None)), expected="float16, bfloat16, float32 or float64"
+        )
+    return np.asarray(_READERS[ref.spec.dtype](bits(ref)))
+
+
 def number(ref: Ref) -> float:
     """Read a tensor of one number; errors as `numbers`."""
     found = numbers(ref)

@@ -34,7 +34,7 @@ COMMANDS = {
     "hash": ("sdmerge.cli.hash:hash_command", "Print the hashes by which model files are known."),
     "convert": (
         "sdmerge.cli.convert:convert",
-        "Write a model as safetensors, names kept; or an adapter in another layout.",
+        "Write a model as safetensors, names kept; an adapter or an embedding in another layout.",
     ),
     "extract-lora": ("sdmerge.cli.extract:extract_lora", "Extract a LoRA of what a model changed over another."),
     "resize-lora": ("sdmerge.cli.lowrank:resize_lora", "Give an adapter smaller ranks, with the least error."),
@@ -43,6 +43,10 @@ COMMANDS = {
         "Merge adapters into one: LoRA, LoHa, LoKr and mixes of them.",
     ),
     "train": ("sdmerge.cli.train:train", "Train a model, or what goes with one, on pictures of your own."),
+    "embedding": (
+        "sdmerge.cli.embedding:embedding",
+        "Mix, stack, slice, extract and bundle textual-inversion embeddings.",
+    ),
     "demo": ("sdmerge.cli.demo:demo", "Merge three tiny models and paint what they learned."),
 }
 """Name → where the command is, and its first line of help (which a test holds equal to the command's own)."""

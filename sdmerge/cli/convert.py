@@ -13,7 +13,7 @@ from sdmerge.options import Form
 @click.command("convert")
 @click.argument("source", metavar="IN", type=click.Path())
 @click.argument("output", metavar="OUT", type=click.Path())
-@click.option("--to", metavar="LAYOUT", help="For adapters: the layout to write; `sdmerge layouts` lists them.")
+@click.option("--to", metavar="LAYOUT", help="The layout to write; `sdmerge layouts` lists them.")
 @click.option(
     "--as",
     "wanted",
@@ -21,7 +21,7 @@ from sdmerge.options import Form
     help="For adapters: turn every algorithm into LoRA, or into whole differences. For a file that could be several things: "
     "what it is (aesthetic, embedding, ...).",
 )
-@click.option("--allow-loss", is_flag=True, help="For adapters: leave out what the layout cannot hold, and say so.")
+@click.option("--allow-loss", is_flag=True, help="Leave out what the layout cannot hold, and say so.")
 @click.option(
     "--adapter-config",
     type=click.Path(),
@@ -34,11 +34,20 @@ from sdmerge.options import Form
     metavar="MODEL",
     help="The model that the adapter is for, where a change depends on its weights.",
 )
+@options.TOKEN
+@options.FOR
+@click.option(
+    "--preview",
+    type=click.Path(),
+    metavar="PICTURE",
+    help="The picture that an embedding in a PNG is put beside. Default: one of its vectors.",
+)
 @options.output_options  # fmt: skip
 def convert(source: str, output: str, wanted: str | None, as_json: bool, **given: Any) -> None:
-    """Write a model as safetensors, names kept; or an adapter in another layout."""
+    """Write a model as safetensors, names kept; an adapter or an embedding in another layout."""
     from sdmerge import api
 
-    chosen = {name: given.pop(name) for name in ("to", "allow_loss", "adapter_config", "base")}
+    names = ("to", "allow_loss", "adapter_config", "base", "token", "for_family", "preview")
+    chosen = {name: given.pop(name) for name in names}
     chosen["form" if wanted in get_args(Form) else "kind"] = wanted
     options.show([api.convert(source, output, **chosen, **options.api_options(given))], as_json=as_json)

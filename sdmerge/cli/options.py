@@ -21,6 +21,15 @@ DEVICE = click.option(
 )
 THREADS = click.option("--threads", type=click.IntRange(1, 256), help="Default: the processor's cores, 8 at most.")
 FAMILY = click.option("--family", help="What the models are, where their structure does not tell.")
+TOKEN = click.option(
+    "--token", metavar="WORD", help="What an embedding's word is called. Default: as it was, or after the file."
+)
+FOR = click.option(
+    "--for",
+    "for_family",
+    metavar="FAMILY",
+    help="Refuse an embedding that is for another family: sd1, sd2, sdxl, sd3, flux.",
+)
 QUIET = click.option("--quiet", is_flag=True, help="Say nothing but results, warnings and errors.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")
 _OUTPUT = (

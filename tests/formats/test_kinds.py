@@ -149,7 +149,7 @@ OTHERS: dict[str, tuple[dict[str, Spec], str, str, str | None]] = {
     "null text": ({"": spec(50, 1, 77, 768)}, "null-text", "bare", "sd1"),
     "null text list": ({f"{i}": spec(1, 77, 1024) for i in range(50)}, "null-text", "list", "sd2"),
     "clip inversion": ({"clip_image": spec(2, 768)}, "clip-inversion", "sdmerge", None),
-    "novelai": ({"768.0.linear1.weight": spec(4, 4)}, "hypernetwork", "novelai", None),
+    "novelai": ({"768.0.linear1.weight": spec(4, 4)}, "hypernetwork", "novelai", "sd1"),
     "inpaint head": ({"head": spec(320, 5, 3, 3)}, "inpaint-head", "fooocus", "sdxl"),
 }
 

@@ -13,7 +13,7 @@ from sdformats.adapters.layouts import _slots
 from sdformats.adapters.reading import kept_metadata, scale_folded
 from sdformats.adapters.records import LoRA
 from sdformats.errors import CorruptFile, UnsupportedFile
-from sdformats.views import Ref, Stored
+from sdformats.views import Ref, Stored, reshaped
 
 if TYPE_CHECKING:
     from sdformats.adapters.fused import Fold
@@ -91,10 +91,10 @@ def write(layout: AdapterLayout, adapter: Adapter, fold: Fold) -> Written:
         classes = _CLASSES[name] if with_geglu or name != "unet" else '["CrossAttention", "Attention"]'
         metadata[name] = classes
     for word, inner in adapter.embeddings.items():
-        if set(inner) != {"*"} or len(inner["*"].shape) != 1:
+        if set(inner) != {"*"} or inner["*"].spec.numel != inner["*"].shape[-1]:
             raise CannotHold("has more than one vector", key=word, advice="choose another with --to")
         bracketed = word if word.startswith("<") else f"<{word}>"
-        tensors[bracketed] = inner["*"]
+        tensors[bracketed] = reshaped(inner["*"], inner["*"].shape[-1:])
         metadata[bracketed] = _EMBED
     return Written(tensors, metadata)
 
