@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import sdmerge
 from sdformats.adapters.adapter import Adapter
+from sdformats.adapters.layout import Written
 from sdformats.adapters.reading import check_holds, needs_of
 from sdformats.files import open_source
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
@@ -20,7 +21,7 @@ from sdmerge.execute import report_of, write_plans
 from sdmerge.lora.convert import layout_for
 from sdmerge.lora.held import Held
 from sdmerge.lora.refs import fold, in_type, step_of
-from sdmerge.lora.texts import adapter_texts
+from sdmerge.lora.texts import model_texts, network_texts
 from sdmerge.options import OUTPUT_TYPES, Options
 from sdmerge.policy import Notes
 from sdmerge.step import Plan, ordered
@@ -78,8 +79,8 @@ def save_adapter(
     """
     started = time.perf_counter()
     layout = adapter_layout(family, to, modules)
-    ranks = [record.rank or 0 for record in modules.values()]
-    adapter = Adapter(modules, metadata=adapter_texts(family, ranks) | dict(texts), family=family)
+    told = network_texts(family, layout, modules) | model_texts(family, saving.target.stem)
+    adapter = Adapter(modules, metadata=told | dict(texts), family=family)
     check_holds(layout, adapter)
     if layout.write is None:
         raise AssertionError("check_holds refuses layouts that are only read")
@@ -109,7 +110,7 @@ def save_model(changed: Mapping[str, Tensor], settings: Settings, texts: Mapping
         plan = Plan(ordered(steps, (source,)), tuple(tensors), (source,), (), None)
         if options.dry_run:
             return report_of(plan, saving.target, started)
-        metadata = metadata_of(dict(source.metadata) | dict(texts))
+        metadata = metadata_of(Written(tensors, dict(source.metadata) | dict(texts)))
         return write_plans([plan], [metadata], [saving.target], options, started, "writing")[0]
 
 
