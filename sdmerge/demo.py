@@ -7,19 +7,18 @@ the second made to the first gives a model that knows both, and a picture grid s
 from __future__ import annotations
 
 import importlib
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdformats.errors import WriteError
+from sdmerge import pictures
 from sdmerge.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from PIL.Image import Image
-    from PIL.ImageDraw import ImageDraw
 
     from sdmerge.api import Report
 
@@ -33,9 +32,6 @@ PROMPTS = (
     "a small yellow moon at the top, navy background",
 )
 """The new shape; the new texture; both, twice; and two things that the base knew already."""
-
-_CELL, _GAP, _LEFT, _TOP, _TITLE = 192, 10, 262, 84, 52
-_INK, _SOFT, _PAPER, _MARK = (32, 34, 40), (104, 108, 118), (255, 255, 255), (255, 243, 214)
 
 
 @dataclass(frozen=True)
@@ -103,10 +99,8 @@ def run_demo(
     painted = [paint(path, folder / "config", prompts, steps, guidance, seed) for _, _, path in rows]
     picture = directory / "demo.png"
     labels = [(name, f"{path.name}\n{what}") for name, what, path in rows]
-    try:
-        grid(labels, prompts, painted).save(picture, optimize=True)
-    except OSError as error:
-        raise WriteError(f"cannot be written: {error.strerror or error}", path=picture) from error
+    title = "Add difference: give A what B learned over C"
+    pictures.save(pictures.sheet(title, labels, prompts, painted, marked=True), picture, overwrite=True)
     return DemoResult(merged, picture, report)
 
 
@@ -174,32 +168,3 @@ def paint(
         list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=noise
     ).images
     return images
-
-
-def grid(labels: Sequence[tuple[str, str]], prompts: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
-    """Arrange pictures in labelled rows and columns; the last row, the merged model, is marked."""
-    from PIL import Image, ImageDraw
-
-    step = _CELL + _GAP
-    size = (_LEFT + step * len(prompts) + _GAP, _TITLE + _TOP + step * len(rows) + _GAP)
-    sheet = Image.new("RGB", size, _PAPER)
-    pen = ImageDraw.Draw(sheet)
-    _text(pen, (_GAP * 2, 14), "Add difference: give A what B learned over C", 24, _INK)
-    last = _TITLE + _TOP + step * (len(rows) - 1)
-    pen.rectangle((0, last - _GAP // 2, size[0], size[1]), fill=_MARK)
-    for column, prompt in enumerate(prompts):
-        _text(pen, (_LEFT + column * step, _TITLE + 6), "\n".join(textwrap.wrap(prompt, 24)), 15, _INK)
-    for row, ((name, what), images) in enumerate(zip(labels, rows, strict=True)):
-        top = _TITLE + _TOP + row * step
-        _text(pen, (_GAP * 2, top + 58), name, 24, _INK)
-        _text(pen, (_GAP * 2, top + 94), what, 15, _SOFT)
-        for column, image in enumerate(images):
-            large = image.resize((_CELL, _CELL), Image.Resampling.BICUBIC)
-            sheet.paste(large, (_LEFT + column * step, top))
-    return sheet
-
-
-def _text(pen: ImageDraw, place: tuple[int, int], text: str, size: int, ink: tuple[int, int, int]) -> None:
-    from PIL import ImageFont
-
-    pen.multiline_text(place, text, fill=ink, font=ImageFont.load_default(size), spacing=5)

@@ -71,27 +71,42 @@ def execute(recipes: Sequence[Recipe], targets: Sequence[Path], options: Options
         sdmerge.errors.SdmergeError: the request cannot be fulfilled.
     """
     started = time.perf_counter()
-    first = recipes[0]
     if len(set(targets)) < len(targets):
         raise RequestError(f"{targets[0]}: two outputs would have one name")
     with ExitStack() as stack:
-        with no_collection():
-            opened = {name: open_model(stack, first.inputs[name].path, options) for name in first.ids}
-            vae = open_model(stack, Path(options.vae), options) if options.vae is not None else None
-            adapters = {name: open_adapter_of(stack, first.inputs[name].path) for name in first.adapters}
-            plans = [plan_merge(recipe, opened, vae, options, adapters) for recipe in recipes]
+        plans, labels = planned(stack, recipes, options)
         for plan, target in zip(plans, targets, strict=True):
             _check_output(target, plan, options)
-        check_sha256(first, {name: source for name, (source, _) in (opened | adapters).items()})
         if options.dry_run:
             return [report_of(plan, target, started) for plan, target in zip(plans, targets, strict=True)]
-        labels = [*first.ids, *(["VAE"] if vae else []), *first.adapters]
         inputs = provenance.describe_inputs(plans[0].sources, labels, options)
         metadata = [
             provenance.merge_metadata(plan, recipe, inputs, options, target)
             for plan, recipe, target in zip(plans, recipes, targets, strict=True)
         ]
         return write_plans(plans, metadata, targets, options, started, "merging")
+
+
+def planned(stack: ExitStack, recipes: Sequence[Recipe], options: Options) -> tuple[list[Plan], list[str]]:
+    """Open what recipes name, for as long as `stack` lives, and decide about every tensor.
+
+    Args:
+        recipes: at least one; all name the same inputs.
+
+    Returns:
+        A plan for each, and what the plans' sources are called in the recipes.
+
+    Raises:
+        See `execute`.
+    """
+    first = recipes[0]
+    with no_collection():
+        opened = {name: open_model(stack, first.inputs[name].path, options) for name in first.ids}
+        vae = open_model(stack, Path(options.vae), options) if options.vae is not None else None
+        adapters = {name: open_adapter_of(stack, first.inputs[name].path) for name in first.adapters}
+        plans = [plan_merge(recipe, opened, vae, options, adapters) for recipe in recipes]
+    check_sha256(first, {name: source for name, (source, _) in (opened | adapters).items()})
+    return plans, [*first.ids, *(["VAE"] if vae else []), *first.adapters]
 
 
 def copy_model(source: TensorSource, seen: Detection, target: Path, options: Options, started: float) -> Report:

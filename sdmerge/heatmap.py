@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdformats.errors import OutputExists, WriteError
-from sdformats.output import PendingFile
+from sdformats.output import write_file
 from sdmerge.errors import RequestError
 from sdmerge.layer_kinds import KINDS, encoder_layer, kind_of, vae_place
 from sdmerge.measure import Measures
@@ -100,13 +100,7 @@ def save(found: Difference, path: Path, *, overwrite: bool = False) -> None:
         RequestError, WriteError: as `check`, or it cannot be written.
     """
     check(path, overwrite=overwrite)
-    data = _drawn(found)
-    file = PendingFile(path, len(data), overwrite=overwrite)
-    try:
-        file.write(0, memoryview(data))
-        file.commit()
-    finally:
-        file.abort()
+    write_file(path, _drawn(found), overwrite=overwrite)
 
 
 def panels(found: Difference) -> tuple[Panel, ...]:

@@ -264,6 +264,20 @@ class _Flusher:
             os.close(fd)
 
 
+def write_file(path: Path, data: bytes, *, overwrite: bool = False) -> None:
+    """Write a small file, which appears whole or not at all.
+
+    Raises:
+        OutputExists, WriteError: it cannot be written.
+    """
+    file = PendingFile(path, len(data), overwrite=overwrite)
+    try:
+        file.write(0, memoryview(data))
+        file.commit()
+    finally:
+        file.abort()
+
+
 def check_room(path: Path, folder: Path, size: int) -> None:
     """Raise WriteError, about the output `path`, where `folder` has less than `size` bytes of room."""
     free = shutil.disk_usage(folder).free

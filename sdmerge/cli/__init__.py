@@ -47,6 +47,10 @@ COMMANDS = {
         "sdmerge.cli.embedding:embedding",
         "Mix, stack, slice, extract and bundle textual-inversion embeddings.",
     ),
+    "sample": (
+        "sdmerge.cli.sample:sample",
+        "Paint a sheet of pictures with a model, adapters, or a recipe that is merged in memory.",
+    ),
     "demo": ("sdmerge.cli.demo:demo", "Merge three tiny models and paint what they learned."),
 }
 """Name → where the command is, and its first line of help (which a test holds equal to the command's own)."""

@@ -16,6 +16,7 @@ import click
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from rich.console import Console
 
@@ -126,6 +127,22 @@ def counted(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task(clean(label), total=total, words="")
         yield lambda done, words: bar.update(task, advance=done, words=clean(words))
+
+
+class Screen:
+    """The terminal as what long work speaks to; see `sdmerge.train.log.Tell`."""
+
+    def note(self, text: str) -> None:
+        """Say something that was decided."""
+        say(f"note: {text}")
+
+    def warn(self, text: str) -> None:
+        """Say something that the user should look at."""
+        warn(text)
+
+    def progress(self, label: str, total: int) -> AbstractContextManager[Callable[[int, str], None]]:
+        """Show how far a job is."""
+        return counted(label, total)
 
 
 def human(count: float, unit: str = "B") -> str:

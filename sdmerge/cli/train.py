@@ -11,24 +11,10 @@ from sdmerge.cli import options, screen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from sdmerge.method import Parameter
 
 _SHORT = {"output": "-o"}
-
-
-class _Screen:
-    """Speaks on the terminal; see `sdmerge.train.log.Tell`."""
-
-    def note(self, text: str) -> None:
-        screen.say(f"note: {text}")
-
-    def warn(self, text: str) -> None:
-        screen.warn(text)
-
-    def progress(self, label: str, total: int) -> AbstractContextManager[Callable[[int, str], None]]:
-        return screen.counted(label, total)
 
 
 class _Option(click.Option):
@@ -122,7 +108,7 @@ def _run(name: str, given: dict[str, Any]) -> None:
     screen.set_quiet(quiet)
     values = _configured(config) | {key: value for key, value in given.items() if value not in (None, ())}
     try:
-        reports = trains.run(name, tell=_Screen(), **values)
+        reports = trains.run(name, tell=screen.Screen(), **values)
     except DataProblems as found:
         for problem in found.problems:
             screen.warn(problem)

@@ -21,6 +21,7 @@ from sdmerge.train.buckets import mixed
 from sdmerge.train.loading import load
 from sdmerge.train.log import Log
 from sdmerge.train.losses import schedule_of
+from sdmerge.train.networks import TYPES
 from sdmerge.train.objective import Objective
 from sdmerge.train.optimizers import Average, optimizer_for, rate_at, set_rate
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from sdmerge.train.method import Trained, TrainingMethod
     from sdmerge.train.settings import Settings
 
-_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _FREE = {
     "run": ("steps", "device"),
     "output": None,
@@ -146,7 +146,7 @@ class Run:
         self.trained = self.method.attach(self.networks, settings)
         if not self.trained.parameters:
             raise RequestError(f"{self.method.name}: there is nothing to train in this model (see what was asked for)")
-        self.networks.to(self.device, _TYPES[settings.run.precision])
+        self.networks.to(self.device, TYPES[settings.run.precision])
         for parameter in self.trained.parameters.values():
             parameter.data = parameter.data.to(self.device)
         self.networks.train(checkpointing=settings.run.checkpointing)

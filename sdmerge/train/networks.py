@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Types that networks compute in, by the names that users give them."""
 WIDTH_OF_TEXT = 77
 """Tokens that a text encoder reads."""
 
@@ -146,9 +148,21 @@ class Networks:
             Two of [n, 4, height / 8, width / 8], scaled as the UNet sees them.
         """
         spread = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        factor = float(self.vae.config.scaling_factor)
-        shift = float(getattr(self.vae.config, "shift_factor", None) or 0.0)
+        factor, shift = self._scale
         return (spread.mean - shift) * factor, spread.std * factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the pictures of latents as the UNet sees them: [n, 3, height, width], about -1..1."""
+        factor, shift = self._scale
+        found: Tensor = self.vae.decode((latents / factor + shift).to(self.vae.device, self.vae.dtype)).sample
+        return found
+
+    @property
+    def _scale(self) -> tuple[float, float]:
+        """What latents are multiplied with for the UNet, and what is taken from them before."""
+        config = self.vae.config
+        return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
 
     def read(self, texts: Sequence[str]) -> Condition:
         """Return what the UNet is told by texts.

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import sdmerge
 from sdformats.adapters.adapter import Adapter
-from sdformats.adapters.layout import Written
 from sdformats.adapters.reading import check_holds, needs_of
 from sdformats.files import open_source
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
@@ -24,8 +23,9 @@ from sdmerge.lora.refs import fold, in_type, step_of
 from sdmerge.lora.texts import model_texts, network_texts
 from sdmerge.options import OUTPUT_TYPES, Options
 from sdmerge.policy import Notes
+from sdmerge.provenance import convert_metadata
 from sdmerge.step import Plan, ordered
-from sdmerge.writing import metadata_of, plan_of, write_out
+from sdmerge.writing import plan_of, write_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -110,7 +110,7 @@ def save_model(changed: Mapping[str, Tensor], settings: Settings, texts: Mapping
         plan = Plan(ordered(steps, (source,)), tuple(tensors), (source,), (), None)
         if options.dry_run:
             return report_of(plan, saving.target, started)
-        metadata = metadata_of(Written(tensors, dict(source.metadata) | dict(texts)))
+        metadata = convert_metadata(source) | dict(texts)
         return write_plans([plan], [metadata], [saving.target], options, started, "writing")[0]
 
 

@@ -1,0 +1,111 @@
+"""``sdmerge sample``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from sdmerge.cli import options, screen
+
+_OPTIONS = (
+    click.option("--adapter", "adapters", multiple=True, metavar="FILE[:STRENGTH]", help="An adapter to add to the model."),
+    click.option("--recipe", type=click.Path(), help="A recipe in the model's place; it is merged in memory."),
+    click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="A value for what the recipe has under set."),
+    click.option("--sweep", "sweeps", multiple=True, metavar="NAME=FROM:TO:STEP", help="Values of a name under set."),
+    click.option("-p", "--prompt", "prompts", multiple=True, metavar="TEXT", help="What to paint; several make an axis."),
+    click.option("--negative", default="", help="What to keep away from."),
+    click.option("--seeds", default="0", show_default=True, metavar="N,N,...|FROM-TO", help="Seeds; several make an axis."),
+    click.option("--strengths", metavar="S,S,...", help="Factors of the adapters' strengths; they make an axis."),
+    click.option("--grid", default="", metavar="ROWS:COLUMNS", help="Which axes make rows and columns, as seed,strength:prompt."),
+    click.option("--steps", type=click.IntRange(1, 1000), default=30, show_default=True, help="Steps of the scheduler."),
+    click.option("--guidance", type=float, default=7.0, show_default=True, help="Scale of classifier-free guidance."),
+    click.option("--size", metavar="WIDTHxHEIGHT", help="In pixels; the model's where not given."),
+    click.option("--scheduler", default="ddim", show_default=True, metavar="ddim|euler|dpm++", help="How steps are taken."),
+    click.option("--prediction", default="auto", show_default=True, type=click.Choice(["auto", "epsilon", "v_prediction"]),
+                 help="What the network predicts; auto as its configuration says."),
+    click.option("--zero-snr", is_flag=True, help="The last step is noise alone."),
+    click.option("--clip-skip", type=click.IntRange(1, 12), default=1, show_default=True, help="Layer of the text encoder."),
+    click.option("--tokenizer", type=click.Path(), help="A folder with CLIP's vocabulary, for a single file."),
+    click.option("--model-config", type=click.Path(), help="A diffusers folder that describes a file of unusual widths."),
+    click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True),
+    click.option("--overwrite", is_flag=True, help="Replace an existing picture."),
+    options.DEVICE,
+    options.FAMILY,
+    options.QUIET,
+    click.option("-o", "--output", required=True, type=click.Path(), help="The PNG file to write."),
+)  # fmt: skip
+
+
+def _with_options(function: Any) -> Any:
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+@click.command("sample")
+@click.argument("model", type=click.Path(), required=False)
+@_with_options
+def sample(model: str | None, **given: Any) -> None:
+    """Paint a sheet of pictures with a model, adapters, or a recipe that is merged in memory."""
+    from pathlib import Path
+
+    from sdmerge import contact_sheet
+    from sdmerge.cli import weights
+    from sdmerge.lora.strength import parse_strength
+    from sdmerge.sampling import Painting
+    from sdmerge.train.settings import ModelSettings
+
+    screen.set_quiet(given["quiet"])
+    width, height = _size(given["size"])
+    request = contact_sheet.Request(
+        model=ModelSettings(
+            model=model or "",
+            tokenizer=given["tokenizer"],
+            model_config=given["model_config"],
+            clip_skip=given["clip_skip"],
+            family=given["family"],
+        ),
+        output=Path(given["output"]),
+        prompts=tuple(given["prompts"]),
+        seeds=tuple(_seeds(given["seeds"])),
+        painting=Painting(
+            width=width,
+            height=height,
+            **{name: given[name] for name in ("steps", "guidance", "negative", "scheduler", "prediction", "zero_snr")},
+        ),
+        adapters=tuple(parse_strength(text) for text in given["adapters"]),
+        recipe=None if given["recipe"] is None else Path(given["recipe"]),
+        changes=weights.assignments(given["changes"]),
+        over=weights.swept(given["sweeps"]),
+        strengths=tuple(_numbers(given["strengths"])) if given["strengths"] else (),
+        **{name: given[name] for name in ("grid", "overwrite", "device", "precision")},
+    )
+    rows, columns = contact_sheet.sample(request, screen.Screen())
+    screen.say(f"{given['output']}: {rows} x {columns} pictures")
+
+
+def _seeds(text: str) -> list[int]:
+    first, dash, last = text.partition("-")
+    try:
+        if dash:
+            return list(range(int(first), int(last) + 1))
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of whole numbers, and no range", param_hint="--seeds") from None
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers", param_hint="--strengths") from None
+
+
+def _size(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 0
+    wide, x, high = text.lower().partition("x")
+    if not x or not wide.isdigit() or not high.isdigit():
+        raise click.BadParameter(f"{text!r} is no size (expected WIDTHxHEIGHT)", param_hint="--size")
+    return int(wide), int(high)
