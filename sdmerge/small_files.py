@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sdformats import hypernetwork
+from sdformats import aesthetic, clip_inversion, hypernetwork, null_text
+from sdformats.renamed import Renamed, stored
+from sdformats.torch_sink import SUFFIXES as TORCH_SUFFIXES
 from sdmerge.errors import RequestError, nearest
 from sdmerge.execute import no_collection
 from sdmerge.lora.refs import in_type
@@ -13,12 +16,13 @@ from sdmerge.policy import Notes
 from sdmerge.writing import plan_of, write_out
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from sdformats.adapters.layout import Written
     from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
+    from sdformats.views import Ref
     from sdmerge.execute import Report
     from sdmerge.options import Options
 
@@ -30,14 +34,23 @@ class Format:
     Attributes:
         read: takes an open file, returns its record.
         writers: by layout: takes a record, returns what is written.
+        usual: the layout where none is asked for, in a file for torch and in safetensors; None: the one that it has.
     """
 
     read: Callable[[TensorSource], Any]
     writers: Mapping[str, Callable[[Any], Written]]
+    usual: tuple[str | None, str | None] = (None, None)
+
+    def layout_for(self, target: Path, before: str | None) -> str:
+        """Return the layout where none is asked for."""
+        return self.usual[0 if target.suffix.lower() in TORCH_SUFFIXES else 1] or before or ""
 
 
 FORMATS: Mapping[str, Format] = {
     "hypernetwork": Format(hypernetwork.read_hypernetwork, hypernetwork.WRITERS),
+    "aesthetic": Format(aesthetic.read_aesthetic, aesthetic.WRITERS, usual=("bare", "named")),
+    "null-text": Format(null_text.read_null_text, null_text.WRITERS, usual=(None, "named")),
+    "clip-inversion": Format(clip_inversion.read_clip_inversion, clip_inversion.WRITERS),
 }
 """By kind."""
 
@@ -60,22 +73,33 @@ def convert_small(
             something.
         sdmerge.errors.SdmergeError: the request cannot be fulfilled.
     """
+    layout = to or FORMATS[seen.kind].layout_for(target, seen.spelling)
     with no_collection():
-        written = _written(source, seen, to)
+        written = _written(source, seen, layout)
+    tensors, sources = as_stored(written.tensors, (source,))
     change = options.output_type
-    written = replace(written, tensors={name: in_type(ref, change) for name, ref in written.tensors.items()})
+    written = replace(written, tensors={name: in_type(ref, change) for name, ref in tensors.items()})
     notes = Notes()
-    notes.add(f"{seen.spelling} to {to or seen.spelling}")
+    notes.add(f"{seen.spelling} to {layout}")
     for note in source.notes:
         notes.add(note)
-    plan = plan_of(written, (source,), seen.family, notes)
+    if written.metadata and not isinstance(written.tree, Mapping) and target.suffix.lower() in TORCH_SUFFIXES:
+        notes.add(f"left out, as the layout {layout} has no place for texts: {', '.join(written.metadata)}")
+    plan = plan_of(written, sources, seen.family, notes)
     return write_out(plan, written, target, options, started, "converting")
 
 
-def _written(opened: TensorSource, seen: Detection, to: str | None) -> Written:
+def as_stored(
+    tensors: Mapping[str, Ref], sources: Sequence[TensorSource]
+) -> tuple[dict[str, Ref], tuple[TensorSource, ...]]:
+    """Return views as tensors of one source, so that they are copied bit by bit, whatever they hold."""
+    renamed = Renamed(tensors, sources)
+    return stored(renamed), (renamed,)
+
+
+def _written(opened: TensorSource, seen: Detection, wanted: str) -> Written:
     form = FORMATS[seen.kind]
     record = form.read(opened)
-    wanted = to or seen.spelling or ""
     if wanted not in form.writers:
         known = ", ".join(form.writers)
         raise RequestError(

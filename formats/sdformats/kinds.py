@@ -8,7 +8,7 @@ from sdformats.adapters.kind import KIND as ADAPTER
 from sdformats.aesthetic import KIND as AESTHETIC
 from sdformats.clip_inversion import KIND as CLIP_INVERSION
 from sdformats.controlnet import KIND as CONTROLNET
-from sdformats.custom_diffusion import KIND as CUSTOM_DIFFUSION
+from sdformats.custom_diffusion.kind import KIND as CUSTOM_DIFFUSION
 from sdformats.embeddings.kind import KIND as EMBEDDING
 from sdformats.hypernetwork import KIND as HYPERNETWORK
 from sdformats.inpaint_head import KIND as INPAINT_HEAD

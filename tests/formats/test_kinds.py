@@ -132,7 +132,7 @@ OTHERS: dict[str, tuple[dict[str, Spec], str, str, str | None]] = {
         {f"unet.{BLOCK}to_v.weight": spec(320, 2048), "modifier_token.<new1>.0": spec(768)},
         "custom-diffusion",
         "delta",
-        None,
+        "sdxl",
     ),
     "custom diffusion, compressed": (
         {f"unet.{BLOCK}to_k.weight.{half}": spec(4, 4) for half in "uv"},
@@ -148,7 +148,7 @@ OTHERS: dict[str, tuple[dict[str, Spec], str, str, str | None]] = {
     ),
     "null text": ({"": spec(50, 1, 77, 768)}, "null-text", "bare", "sd1"),
     "null text list": ({f"{i}": spec(1, 77, 1024) for i in range(50)}, "null-text", "list", "sd2"),
-    "clip inversion": ({"clip_image": spec(2, 768)}, "clip-inversion", "sdmerge", None),
+    "clip inversion": ({"clip_image": spec(2, 768)}, "clip-inversion", "named", None),
     "novelai": ({"768.0.linear1.weight": spec(4, 4)}, "hypernetwork", "novelai", "sd1"),
     "inpaint head": ({"head": spec(320, 5, 3, 3)}, "inpaint-head", "fooocus", "sdxl"),
 }
@@ -164,6 +164,7 @@ def test_other_small_files(name: str) -> None:
 
 def test_a_whole_unet_is_no_delta() -> None:
     names = [f"unet.{BLOCK}{name}.weight" for name in ("to_k", "to_v", "to_q")]
+    names.append("unet.conv_in.weight")
     assert detect(dict.fromkeys(names, spec(320, 768))).kind != "custom-diffusion"
 
 
