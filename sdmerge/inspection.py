@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from sdformats.errors import FormatError
 from sdformats.files import open_source
 from sdformats.layout import component_of, detect
+from sdmerge.details import adapter_details, details
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping, Sequence
 
     from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
@@ -34,8 +32,9 @@ def inspect_path(
         ``path, container, kind, family, variant, layout, components, tensors, parameters, dtypes, bytes, metadata,
         warnings``, ready for JSON; ``components`` and ``dtypes`` are objects with parameters or tensors in each; with
         `tensors` also ``list``, of objects with ``name, dtype, shape``. Of what is no model of its own also ``title``, its kind
-        in words, and ``readings``, the kinds that it could be: more than one where ``kind`` is ``ambiguous``. Of an adapter
-        also ``algorithms``, ``ranks`` and ``alphas`` (objects with ``min, median, max``; alpha is rank where there is none; null
+        in words, ``readings``, the kinds that it could be: more than one where ``kind`` is ``ambiguous``, and ``details``: an
+        object as the kind's ``describe`` returns it, null where there is no more to say. Of an adapter instead of details
+        ``algorithms``, ``ranks`` and ``alphas`` (objects with ``min, median, max``; alpha is rank where there is none; null
         where the scale is not known),
         ``modules`` (how many), ``blocks`` (modules in each), ``embeddings``.
 
@@ -46,7 +45,10 @@ def inspect_path(
         seen = detect(source.specs, metadata=source.metadata, family=family, kind=kind)
         found = _describe(str(path), source, seen)
         if seen.kind == "adapter":
-            found |= _describe_adapter(source, found, family)
+            found |= adapter_details(source, found["warnings"], family)
+        elif seen.readings:
+            found["details"], notes = details(seen.kind, source)
+            found["warnings"] += notes
         if tensors:
             found["list"] = [
                 {"name": name, "dtype": str(spec.dtype), "shape": list(spec.shape)}
@@ -76,55 +78,6 @@ def _describe(path: str, source: TensorSource, seen: Detection) -> dict[str, Any
     if titles:
         found |= {"title": " or ".join(titles), "readings": [reading.kind for reading in seen.readings]}
     return found
-
-
-def _describe_adapter(source: TensorSource, found: Mapping[str, Any], family: str | None) -> dict[str, Any]:
-    """Say what an adapter changes, and how."""
-    from sdformats.adapters import open_adapter
-
-    try:
-        adapter, layout = open_adapter(source)
-    except FormatError as error:
-        return {"warnings": [*found["warnings"], str(error)]}
-    records = adapter.modules
-    ranks = [record.rank for record in records.values() if record.rank is not None]
-    alphas = [record.scale * record.rank for record in records.values() if record.rank is not None]
-    parameters: Counter[str] = Counter()
-    for path, record in records.items():
-        parameters[path.partition(".")[0]] += sum(ref.spec.numel for _, ref in record.refs)
-    return {
-        "family": family or adapter.family,
-        "layout": layout.name,
-        "components": dict(parameters),
-        "algorithms": list(adapter.algorithms),
-        "ranks": _spread(ranks),
-        "alphas": _spread(alphas) if adapter.scaled else None,
-        "modules": len(records),
-        "blocks": _blocks(records, family or adapter.family),
-        "embeddings": list(adapter.embeddings),
-        "warnings": [*found["warnings"], *(note for note in adapter.notes if note not in found["warnings"])],
-    }
-
-
-def _spread(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {"min": min(values), "median": median(values), "max": max(values)}
-
-
-def _blocks(paths: Iterable[str], family: str | None) -> dict[str, int]:
-    """Count the modules in each block of the network, and in the text encoders."""
-    from sdmerge.block_tables import table
-
-    known = table(family) if family is not None else None
-    counts: Counter[str] = Counter()
-    for path in paths:
-        component, _, rest = path.partition(".")
-        inside = component == "unet" and known is not None
-        prefix = "transformer." if family in ("sd3", "flux") else "unet."
-        counts[known.block_of(f"{prefix}{rest}.weight") if inside and known is not None else component] += 1
-    order = {block: i for i, block in enumerate(known.blocks)} if known is not None else {}
-    return {block: counts[block] for block in sorted(counts, key=lambda block: (order.get(block, -1), block))}
 
 
 def _components(source: TensorSource, seen: Detection) -> dict[str, int]:

@@ -14,6 +14,7 @@ from sdformats.hypernetwork import KIND as HYPERNETWORK
 from sdformats.inpaint_head import KIND as INPAINT_HEAD
 from sdformats.kind import Looks
 from sdformats.null_text import KIND as NULL_TEXT
+from sdformats.optimizer_state import KIND as OPTIMIZER_STATE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +32,7 @@ KINDS = (
     CLIP_INVERSION,
     CONTROLNET,
     INPAINT_HEAD,
+    OPTIMIZER_STATE,
 )
 """In the order in which people see them."""
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "verify": ("sdmerge.cli.verify:verify", "Derive a merge again from its recipe, and compare every byte."),
     "diff": ("sdmerge.cli.diff:diff", "Compare two models, by block and by tensor."),
     "methods": ("sdmerge.cli.methods:methods", "List the merge methods, or explain one."),
-    "layouts": ("sdmerge.cli.layouts:layouts", "List the adapter layouts, and what they can hold."),
+    "layouts": ("sdmerge.cli.layouts:layouts", "List the layouts of adapters and embeddings, and what they can hold."),
     "blocks": ("sdmerge.cli.blocks:blocks", "Show which tensors each block of a family holds."),
     "inspect": ("sdmerge.cli.inspect:inspect", "Say what a model file is and holds."),
     "hash": ("sdmerge.cli.hash:hash_command", "Print the hashes by which model files are known."),

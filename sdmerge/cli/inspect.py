@@ -8,8 +8,10 @@ import click
 
 from sdformats.errors import FormatError
 from sdmerge.cli import screen
+from sdmerge.cli.details import rows_of, told_in_rows
 
 _SHORT = 80
+_MOST_TEXTS = 80
 
 
 @click.command("inspect")
@@ -41,16 +43,19 @@ def inspect(paths: tuple[str, ...], as_json: bool, tensors: bool, family: str | 
 def _show(entry: dict[str, Any]) -> None:
     rows = [
         ("what", _what(entry)),
-        ("container", entry["container"] + (f", {entry['layout']} names" if entry["layout"] else "")),
-        ("size", f"{screen.human(entry['bytes'])}, {entry['tensors']:,} tensors"),
+        ("container", entry["container"] + _layout(entry)),
+        ("size", f"{screen.human(entry['bytes'])}, {entry['tensors']:,} tensor{'s' if entry['tensors'] != 1 else ''}"),
         ("parameters", f"{entry['parameters']:,}"),
         *((f"  {part}", f"{count:,}") for part, count in entry["components"].items()),
-        *_adapter(entry),
+        *rows_of(entry),
         ("types", ", ".join(f"{dtype} {count:,}" for dtype, count in entry["dtypes"].items()) or "none"),
     ]
-    if entry["metadata"]:
-        rows.append(("metadata", f"{len(entry['metadata']):,} texts"))
-        rows += [(f"  {key}", _shortened(value)) for key, value in sorted(entry["metadata"].items())]
+    texts = [(key, value) for key, value in sorted(entry["metadata"].items()) if key not in told_in_rows(entry)]
+    if texts:
+        rows.append(("metadata", f"{len(texts):,} text{'s' if len(texts) > 1 else ''}"))
+        rows += [(f"  {key}", _shortened(value)) for key, value in texts[:_MOST_TEXTS]]
+    if len(texts) > _MOST_TEXTS:
+        rows.append(("  ...", f"{len(texts) - _MOST_TEXTS:,} more; --json shows all"))
     screen.table(entry["path"], ("field", "value"), rows)
     for warning in entry["warnings"]:
         screen.warn(warning)
@@ -62,25 +67,13 @@ def _show(entry: dict[str, Any]) -> None:
 def _what(entry: dict[str, Any]) -> str:
     if "title" not in entry:
         return " ".join(str(entry[key]) for key in ("family", "variant", "kind") if entry[key] and entry[key] != "base")
-    return f"{entry['title']} for {entry['family']}" if entry["family"] else str(entry["title"])
+    return f"{entry['family']}: {entry['title']}" if entry["family"] else str(entry["title"])
 
 
-def _adapter(entry: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return what there is to say about an adapter."""
-    if "algorithms" not in entry:
-        return []
-    rows = [("algorithms", ", ".join(entry["algorithms"])), ("modules", f"{entry['modules']:,}")]
-    for name in ("ranks", "alphas"):
-        spread = entry[name]
-        rows.append((name, "unknown" if spread is None else _spread(spread)))
-    rows.append(("blocks", ", ".join(f"{block} {count}" for block, count in entry["blocks"].items())))
-    return rows + ([("embeddings", ", ".join(entry["embeddings"]))] if entry["embeddings"] else [])
-
-
-def _spread(spread: dict[str, float]) -> str:
-    if spread["min"] == spread["max"]:
-        return f"{spread['min']:g}"
-    return f"{spread['min']:g} to {spread['max']:g}, median {spread['median']:g}"
+def _layout(entry: dict[str, Any]) -> str:
+    if not entry["layout"]:
+        return ""
+    return f", {entry['layout']} {'names' if 'details' not in entry else 'layout'}"
 
 
 def _shortened(value: str) -> str:

@@ -150,6 +150,12 @@ OTHERS: dict[str, tuple[dict[str, Spec], str, str, str | None]] = {
     "null text list": ({f"{i}": spec(1, 77, 1024) for i in range(50)}, "null-text", "list", "sd2"),
     "clip inversion": ({"clip_image": spec(2, 768)}, "clip-inversion", "named", None),
     "novelai": ({"768.0.linear1.weight": spec(4, 4)}, "hypernetwork", "novelai", "sd1"),
+    "optimizer state": (
+        {"optimizer_state_dict.state.0.exp_avg": spec(2, 768)},
+        "optimizer-state",
+        "a1111",
+        None,
+    ),
     "inpaint head": ({"head": spec(320, 5, 3, 3)}, "inpaint-head", "fooocus", "sdxl"),
 }
 

@@ -156,7 +156,7 @@ def test_two_readings_are_told_and_can_be_decided(tmp_path: Path) -> None:
     path = tmp_path / "v.pt"
     torch.save(torch.ones(1, 768), path)
     (entry,) = listed(str(path))
-    assert set(entry) == {*PROMISED, "title", "readings"}
+    assert set(entry) == {*PROMISED, "title", "readings", "details"}
     assert (entry["kind"], entry["family"], entry["readings"]) == ("ambiguous", "sd1", ["embedding", "aesthetic"])
     assert "--as embedding|aesthetic" in entry["warnings"][0]
     (decided,) = listed(str(path), "--as", "aesthetic")
@@ -227,3 +227,68 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
+
+
+def test_an_embedding_is_told_in_words(tmp_path: Path) -> None:
+    vectors = torch.eye(4, 768) * torch.tensor([[1.0], [2.0], [4.0], [float("nan")]])
+    tree = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "cat-3", "step": 1234,
+            "sd_checkpoint": "abcd", "sd_checkpoint_name": "sd-v1-5"}  # fmt: skip
+    torch.save(tree, tmp_path / "cat.pt")
+    (entry,) = listed(str(tmp_path / "cat.pt"))
+    assert entry["details"] == {
+        "name": "cat-3", "step": 1234, "trained_on": "sd-v1-5", "checkpoint_hash": "abcd", "trainer": "A1111's web UI",
+        "words": [{"token": None, "vectors": {"clip_l": [4, 768]}, "outputs": {},
+                   "norms": {"clip_l": [1.0, 2.0, 4.0, None]}}],
+    }  # fmt: skip
+    seen = run(str(tmp_path / "cat.pt")).stdout
+    for text in ("cat (programs go by the file's name)", "4 for CLIP-L (768 wide)", "▃▅█? 1 to 4", "cat-3", "1,234 steps",
+                 "sd-v1-5 [abcd]", "A1111's web UI"):  # fmt: skip
+        assert text in seen
+    assert "string_to_token" not in seen
+
+
+def test_a_broken_embedding_is_still_told(tmp_path: Path) -> None:
+    save_file({"emb_params": torch.ones(1, 768), "clip_l": torch.ones(1, 768)}, tmp_path / "b.safetensors")
+    (entry,) = listed(str(tmp_path / "b.safetensors"))
+    assert (entry["kind"], entry["details"]) == ("embedding", None)
+    assert "names of one text encoder and of several" in entry["warnings"][0]
+
+
+def test_vectors_of_a_type_that_is_not_computed_with(tmp_path: Path) -> None:
+    save_file({"emb_params": torch.ones(2, 768).to(torch.float8_e4m3fn)}, tmp_path / "e.safetensors")
+    (entry,) = listed(str(tmp_path / "e.safetensors"))
+    assert entry["details"]["words"][0]["norms"] == {"clip_l": None}
+    assert "2 for CLIP-L" in run(str(tmp_path / "e.safetensors")).stdout
+
+
+def test_a_hypernetwork_is_told_in_words(tmp_path: Path) -> None:
+    def side() -> dict[str, torch.Tensor]:
+        shapes = {"linear.0.weight": (1536, 768), "linear.0.bias": (1536,), "linear.2.weight": (768, 1536),
+                  "linear.2.bias": (768,)}  # fmt: skip
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+    settings = {
+        "step": 5000,
+        "name": "h",
+        "layer_structure": [1, 2, 1],
+        "activation_func": "relu",
+        "activate_output": False,
+    }
+    torch.save({768: (side(), side()), **settings}, tmp_path / "h.pt")
+    (entry,) = listed(str(tmp_path / "h.pt"))
+    assert (entry["kind"], entry["details"]["activation"], entry["details"]["widths"]) == (
+        "hypernetwork",
+        "relu",
+        [768],
+    )
+    seen = run(str(tmp_path / "h.pt")).stdout
+    for text in ("a hypernetwork", "1, 2, 1", "relu", "5,000"):
+        assert text in seen
+
+
+def test_many_texts_are_cut_for_people(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(1)}, tmp_path / "m.safetensors", {f"k{i:03}": "v" for i in range(200)})
+    seen = run(str(tmp_path / "m.safetensors")).stdout
+    assert "k079" in seen
+    assert "k080" not in seen
+    assert "120 more; --json shows all" in seen
