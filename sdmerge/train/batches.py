@@ -7,6 +7,7 @@ takes its part; so a run on two devices sees what a run on one with a batch twic
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sdmerge.train.method import TrainingMethod
     from sdmerge.train.networks import Networks
     from sdmerge.train.settings import DataSettings, LossSettings
 
@@ -79,6 +81,7 @@ class Source:
         weight: what the loss of these pictures is multiplied with.
         batch: pictures for each device.
         place, places: which device this is, of how many.
+        method: says how pictures are shown, and what is said about them; None: as they are.
     """
 
     items: Sequence[data.Item]
@@ -91,7 +94,7 @@ class Source:
     place: int = 0
     places: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    caption: Callable[[str, torch.Generator], str] | None = None
+    method: TrainingMethod | None = None
 
     def __post_init__(self) -> None:
         side = self.settings.resolution or self.networks.resolution
@@ -103,7 +106,9 @@ class Source:
             groups.setdefault(size, []).extend([index] * item.repeats)
         self.groups = dict(sorted(groups.items()))
         self.order = Order(list(self.groups.values()), self.batch * self.places, self.seed)
-        self._kept: dict[tuple[int, bool], _Encoded] = {}
+        self._kept: dict[tuple[int, int, bool], _Encoded] = {}
+        self._variants = 1 if self.method is None else self.method.variants()
+        self._masked = self.settings.masked or self._variants > 1
 
     @property
     def cached(self) -> bool:
@@ -115,8 +120,9 @@ class Source:
         if not self.cached:
             return
         for index in range(len(self.items)):
-            for mirrored in (False, True) if self.settings.flip else (False,):
-                self._kept[index, mirrored] = self._encoded(index, mirrored, _MIDDLE)
+            mirrored = (False, True) if self.settings.flip else (False,)
+            for variant, flip in product(range(self._variants), mirrored):
+                self._kept[index, variant, flip] = self._encoded(index, variant, flip, _MIDDLE)
             advance(1)
 
     def notes(self) -> list[str]:
@@ -141,11 +147,14 @@ class Source:
         count = len(chosen)
         mirrored = (torch.rand(count, generator=source) < 0.5) & self.settings.flip
         dropped = torch.rand(count, generator=source) < self.settings.caption_dropout
-        captions = [self._caption(self.items[index].caption, source) for index in chosen]
+        variants = torch.randint(self._variants, (count,), generator=source).tolist()
+        captions = [self._caption(index, variant, source) for index, variant in zip(chosen, variants, strict=True)]
         mine = slice(self.place * self.batch, (self.place + 1) * self.batch)
         cuts = torch.rand(count, 2, generator=source).tolist()
-        seen = list(zip(chosen, mirrored.tolist(), cuts, strict=True))[mine]
-        found = [self._kept.get((index, flip)) or self._encoded(index, flip, cut) for index, flip, cut in seen]
+        seen = list(zip(chosen, variants, mirrored.tolist(), cuts, strict=True))[mine]
+        found = [
+            self._kept.get((i, variant, flip)) or self._encoded(i, variant, flip, cut) for i, variant, flip, cut in seen
+        ]
         shape = (count, *found[0].mean.shape)
         latents = torch.stack([one.mean for one in found])
         if self.settings.sample_latents:
@@ -162,23 +171,26 @@ class Source:
             noise=noise[mine],
             when=when[mine],
             sizes=torch.tensor([one.sizes for one in found], dtype=torch.float32),
-            mask=torch.stack([one.mask for one in found]) if self.settings.masked else None,
+            mask=torch.stack([one.mask for one in found]) if self._masked else None,
         )
 
-    def _caption(self, text: str, source: torch.Generator) -> str:
-        if self.caption is not None:
-            text = self.caption(text, source)
+    def _caption(self, index: int, variant: int, source: torch.Generator) -> str:
+        text = self.items[index].caption
+        if self.method is not None:
+            text = self.method.caption(text, variant, source)
         if not self.settings.shuffle_captions:
             return text
         parts = [part.strip() for part in text.split(",")]
         return ", ".join(permuted(parts, self.settings.keep_tokens, source))
 
-    def _encoded(self, index: int, mirrored: bool, cut: Sequence[float]) -> _Encoded:
+    def _encoded(self, index: int, variant: int, mirrored: bool, cut: Sequence[float]) -> _Encoded:
         item, size = self.items[index], self._wanted[index]
         try:
             picture = data.opened(item.path)
         except data.UnreadablePicture as error:  # it was readable when the run began
             raise data.DataProblems([f"{item.path}: {error}"]) from error
+        if self.method is not None:
+            picture = self.method.vary(picture, variant)
         place = cut if self.settings.random_crop else _MIDDLE
         values, alpha, (top, left) = data.pixels(picture, size, (place[0], place[1]))
         if mirrored:

@@ -27,6 +27,9 @@ class Finetune(TrainingMethod):
 
     modules: Annotated[str | None, Param("a pattern of tensor names to train, as unet\\..*attn2.*; else all")] = None
     text_encoder: Annotated[bool, Param("train the text encoders too")] = False
+    extract: Annotated[
+        str | None, Param("write a LoRA of the change too, as rank=64, size=64MB, energy=0.9 or error=0.2")
+    ] = None
 
     def attach(self, networks: Networks, settings: Settings) -> Trained:
         try:
@@ -44,9 +47,12 @@ class Finetune(TrainingMethod):
         return Trained(found, reads_texts=any(name.startswith("te") for name in found))
 
     def save(self, trained: Trained, networks: Networks, settings: Settings, saving: Saving) -> list[Report]:
-        from sdmerge.train.saving import save_model, texts_of
+        from sdmerge.train.saving import extracted, save_model, texts_of
 
-        return [save_model(trained.parameters, settings, texts_of(self, settings, saving), saving)]
+        reports = [save_model(trained.parameters, settings, texts_of(self, settings, saving), saving)]
+        if self.extract is not None:
+            reports += extracted(self.extract, settings, saving)
+        return reports
 
 
 METHOD = Finetune

@@ -13,7 +13,8 @@ from sdformats.renamed import component
 from sdformats.views import Stored
 from sdmerge.errors import RequestError
 from sdmerge.lora.refs import value
-from sdmerge.train.networks import Networks, TextEncoder
+from sdmerge.train.networks import Networks
+from sdmerge.train.text import TextEncoder
 
 if TYPE_CHECKING:
     from sdformats.tensor import TensorSource

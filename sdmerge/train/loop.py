@@ -140,7 +140,9 @@ class Run:
         self._check_output()
         self.networks = load(settings.model)
         schedule = schedule_of(self.networks.scheduler, settings.loss, settings.model.prediction)
-        self.parts = self.method.parts(settings, self.networks, self.tell)
+        self.networks.to(self.device, TYPES[settings.run.precision])
+        with self.accelerator.main_process_first():
+            self.parts = self.method.parts(settings, self.networks, self.tell)
         found = [data.find(p.folder, caption=p.caption, captions=self.method.captions) for p in self.parts]
         torch.manual_seed(settings.run.seed)
         self.trained = self.method.attach(self.networks, settings)
@@ -218,8 +220,19 @@ class Run:
         if output.save_every and self.step % output.save_every == 0:
             self._save_state()
             log.paint()
+        if output.sample_every and self.step % output.sample_every == 0:
+            self._paint()
         if output.export_every and self.step % output.export_every == 0 and self.step < self.settings.run.steps:
             self._write(self.target.with_name(f"{self.target.stem}-{self.step:06d}{self.target.suffix}"))
+
+    def _paint(self) -> None:
+        """Paint with what is trained so far, and lay all pictures of the run out on one sheet."""
+        from sdmerge.train.samples import paint_samples
+
+        output = self.settings.output
+        prompts = output.sample_prompt or tuple(dict.fromkeys(one.caption for one in self.sources[0].items))[:4]
+        with nullcontext() if self.average is None else self.average.applied():
+            paint_samples(self.folder, self.step, prompts, self.networks, self.settings)
 
     def _write(self, target: Path) -> list[Report]:
         with nullcontext() if self.average is None else self.average.applied():
@@ -240,7 +253,7 @@ class Run:
             place=self.accelerator.process_index,
             places=self.accelerator.num_processes,
             device=self.device,
-            caption=self.method.caption,
+            method=self.method,
         )
 
     def _encode(self) -> None:

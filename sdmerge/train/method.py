@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from PIL.Image import Image
     from torch import Tensor
     from torch.nn import Parameter
 
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 
 METHODS = {
     "finetune": "sdmerge.train.finetune",
+    "dreambooth": "sdmerge.train.dreambooth",
     "lora": "sdmerge.train.lora",
+    "custom-diffusion": "sdmerge.train.custom_diffusion",
+    "hypernetwork": "sdmerge.train.hypernetwork",
 }
 """Every method: its name, and the module that has it as ``METHOD``."""
 
@@ -87,8 +91,16 @@ class TrainingMethod:
 
         return (Part(Path(settings.data.data), settings.data.caption),)
 
-    def caption(self, text: str, source: torch.Generator) -> str:
-        """Return what the network is told about a picture with this caption."""
+    def variants(self) -> int:
+        """Return in how many ways a picture is shown; the first is as it is."""
+        return 1
+
+    def vary(self, picture: Image, variant: int) -> Image:
+        """Return a picture as it is shown; where its alpha channel is 0, nothing is learned from it."""
+        return picture
+
+    def caption(self, text: str, variant: int, source: torch.Generator) -> str:
+        """Return what the network is told about a picture with this caption, shown so."""
         return text
 
     def attach(self, networks: Networks, settings: Settings) -> Trained:

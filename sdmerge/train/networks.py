@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from sdmerge.train.text import TextEncoder
+
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Types that networks compute in, by the names that users give them."""
-WIDTH_OF_TEXT = 77
-"""Tokens that a text encoder reads."""
 
 
 @dataclass(frozen=True)
@@ -44,33 +44,6 @@ class Condition:
         """Return several, one below the other."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
         return Condition(torch.cat([part.context for part in parts]), torch.cat(pooled) if pooled else None)
-
-
-@dataclass
-class TextEncoder:
-    """A text encoder and its tokenizer."""
-
-    model: Any
-    tokenizer: Any
-
-    def tokens(self, texts: Sequence[str]) -> Tensor:
-        """Return token numbers [n, 77], padded and cut as the model was trained."""
-        made = self.tokenizer(
-            list(texts), padding="max_length", max_length=WIDTH_OF_TEXT, truncation=True, return_tensors="pt"
-        )
-        found: Tensor = made.input_ids
-        return found
-
-    def is_too_long(self, text: str) -> bool:
-        """Whether words of a text are cut off."""
-        return len(self.tokenizer(text).input_ids) > WIDTH_OF_TEXT
-
-    @property
-    def final_norm(self) -> Module:
-        """The normalisation behind the last layer. transformers 5 has it at the top, earlier ones did not."""
-        inner = getattr(self.model, "text_model", self.model)
-        found: Module = inner.final_layer_norm
-        return found
 
 
 @dataclass
@@ -172,8 +145,7 @@ class Networks:
         """
         contexts, pooled = [], None
         for text in self.texts:
-            ids = text.tokens(texts).to(text.model.device)
-            found = text.model(input_ids=ids, output_hidden_states=True)
+            found = text(texts)
             if self.family == "sdxl":
                 contexts.append(found.hidden_states[-1 - max(self.clip_skip, 1)])
                 pooled = getattr(found, "text_embeds", pooled)

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import sdmerge
 from sdformats.adapters.adapter import Adapter
 from sdformats.adapters.reading import check_holds, needs_of
+from sdformats.custom_diffusion.delta import Product
 from sdformats.files import open_source
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
 from sdformats.renamed import key_map, respelled, stored
-from sdformats.tensor import DType
+from sdformats.tensor import DType, Spec
+from sdkernels import linear, subspace
+from sdmerge.errors import RequestError
 from sdmerge.execute import report_of, write_plans
 from sdmerge.lora.convert import layout_for
 from sdmerge.lora.held import Held
@@ -28,11 +31,11 @@ from sdmerge.step import Plan, ordered
 from sdmerge.writing import plan_of, write_out
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
-    from sdformats.adapters.layout import AdapterLayout
+    from sdformats.adapters.layout import AdapterLayout, Written
     from sdformats.adapters.record import Record
     from sdformats.tensor import TensorSource
     from sdformats.views import Ref
@@ -112,6 +115,57 @@ def save_model(changed: Mapping[str, Tensor], settings: Settings, texts: Mapping
             return report_of(plan, saving.target, started)
         metadata = convert_metadata(source) | dict(texts)
         return write_plans([plan], [metadata], [saving.target], options, started, "writing")[0]
+
+
+def held(values: Tensor, dtype: DType) -> Held:
+    """Return a trained tensor as one to be written."""
+    return Held(values.detach().float().cpu(), Spec(tuple(values.shape), dtype))
+
+
+def product(weight: Tensor, base: Tensor, rank: int, dtype: DType) -> Product:
+    """Return the best approximation, of a rank, of what a weight (out, in) changed."""
+    change = linear.combine([(1.0, weight.detach().float().cpu(), base.float().cpu())])
+    wide = change if change.shape[0] <= change.shape[1] else change.T
+    vectors = subspace.leading(wide, min(rank, len(wide))).vectors
+    up, down = vectors, vectors.T @ wide
+    if wide is not change:
+        up, down = down.T, up.T
+    return Product(held(up.contiguous(), dtype), held(down.contiguous(), dtype))
+
+
+def save_small(written: Written, family: str, saving: Saving) -> Report:
+    """Write what a layout made of a small file, in the container that the output's name asks for.
+
+    Raises:
+        sdformats.errors.FormatError: it cannot be written.
+        sdmerge.errors.RequestError: the output's name is not one for this layout.
+    """
+    started = time.perf_counter()
+    plan = plan_of(written, (), family, Notes())
+    return write_out(plan, written, saving.target, _options(saving), started, "writing")
+
+
+def extracted(limit: str, settings: Settings, saving: Saving) -> list[Report]:
+    """Write a LoRA of what a written model changed, beside it.
+
+    Args:
+        limit: ``rank=64``, ``size=64MB``, ``energy=0.9`` or ``error=0.2``.
+
+    Raises:
+        RequestError: it is none of these.
+    """
+    name, _, value = limit.partition("=")
+    kinds: dict[str, Callable[[str], Any]] = {"rank": int, "size": str, "energy": float, "error": float}
+    try:
+        given = {name: kinds[name](value)}
+    except (KeyError, ValueError):
+        raise RequestError(f"extract is {limit!r} (expected {', '.join(f'{kind}=N' for kind in kinds)})") from None
+    if saving.dry_run:
+        return []
+    from sdmerge.adapters import extract_lora
+
+    target = saving.target.with_name(f"{saving.target.stem}-lora.safetensors")
+    return extract_lora(saving.target, settings.model.model, target, overwrite=True, **given)
 
 
 _FOLDERS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}

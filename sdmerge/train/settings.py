@@ -136,6 +136,16 @@ class Settings:
     output: OutputSettings
 
 
+def painting_of(settings: Settings) -> dict[str, Any]:
+    """Return what pictures are painted with in a run, as fields of `sdmerge.sampling.Painting`."""
+    return {
+        "steps": settings.output.sample_steps,
+        "guidance": settings.output.guidance,
+        "prediction": settings.model.prediction,
+        "zero_snr": settings.loss.zero_snr,
+    }
+
+
 GROUPS: Mapping[str, type[Any]] = {
     "model": ModelSettings,
     "data": DataSettings,

@@ -12,13 +12,16 @@ from sdmerge.train.loop import Run
 from sdmerge.train.method import find
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
     from torch import Tensor
 
     from sdmerge.train.networks import Networks
+
+
+TEXTS = ("a large red heart", "a small sks diamond, navy background", "")
 
 
 class Heard(Silent):
@@ -56,10 +59,10 @@ def trained(method: str, model: Path, data: Path, output: Path, **values: Any) -
 
 
 @torch.no_grad()
-def painted(networks: Networks, seed: int = 5) -> Tensor:
+def painted(networks: Networks, seed: int = 5, texts: Sequence[str] = TEXTS) -> Tensor:
     """Return what the UNet predicts for some noise and some texts: where two models agree here, they are the same."""
     networks.unet.eval()
     source = torch.Generator().manual_seed(seed)
     noisy = torch.randn(3, 4, 8, 8, generator=source)
-    told = networks.read(["a large red heart", "a small sks diamond, navy background", ""])
+    told = networks.read(texts)
     return networks.predict(noisy, torch.tensor([20, 400, 900]), told)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from sdformats.views import Ref
 
 _BRACKETED = r"^<.*>$|^\*$"
-_TAKEN = r"em[bp]_params|clip_[lg]|clip_image|t5|t5xxl|emb2?|head|embed|aesthetic_embedding|null_text|text_encoders_\d+|\d+"
+_TAKEN = (
+    r"em[bp]_params|clip_[lg]|clip_image|t5|t5xxl|emb2?|head|embed|aesthetic_embedding|null_text|text_encoders_\d+|\d+"
+)
 _PLAIN = rf"^(?!({_TAKEN})(_out)?$)[^.]+$"
 """Any other single name: tokens may have spaces, but what other layouts call their tensors is none."""
 _WIDTHS = {768, 1024, 1280}
