@@ -6,7 +6,8 @@ from collections import Counter
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from sdformats import hypernetwork
+from sdformats import aesthetic, clip_inversion, hypernetwork, null_text
+from sdformats.custom_diffusion.delta import describe as describe_delta
 from sdformats.embeddings.describe import describe as describe_embedding
 from sdformats.errors import FormatError
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 DESCRIBERS: Mapping[str, Callable[[TensorSource], dict[str, Any]]] = {
     "embedding": describe_embedding,
     "hypernetwork": hypernetwork.describe,
+    "aesthetic": aesthetic.describe,
+    "custom-diffusion": describe_delta,
+    "null-text": null_text.describe,
+    "clip-inversion": clip_inversion.describe,
 }
 """By kind; adapters have more to say, see `adapter_details`."""
 

@@ -63,12 +63,12 @@ class Marked:
     def score(self, looks: Looks) -> int:
         """Return how many names have a mark; 0 where the layout is out of the question."""
         pattern = re.compile("|".join(self.marks))
-        marked = sum(pattern.search(name) is not None for name in looks.specs)
-        if not marked or (self.whole and marked < len(looks.specs)):
+        if self.whole and not all(pattern.search(name) for name in looks.specs):
             return 0
         if not all(any(re.search(need, name) for name in looks.specs) for need in self.needs):
             return 0
-        return marked if self.fits is None or self.fits(looks) else 0
+        marked = sum(pattern.search(name) is not None for name in looks.specs)
+        return marked if marked and (self.fits is None or self.fits(looks)) else 0
 
 
 @dataclass(frozen=True)

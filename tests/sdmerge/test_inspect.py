@@ -292,3 +292,29 @@ def test_many_texts_are_cut_for_people(tmp_path: Path) -> None:
     assert "k079" in seen
     assert "k080" not in seen
     assert "120 more; --json shows all" in seen
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind", "said"),
+    [
+        ({"clip_image": torch.ones(2, 768)}, "clip-inversion", {"vectors": 2, "width": 768}),
+        ({"0": torch.ones(1, 77, 768), "1": torch.ones(1, 77, 768)}, "null-text", {"steps": 2, "width": 768}),
+        (
+            {
+                "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.ones(320, 768),
+                "modifier_token.<new1>": torch.ones(768),
+            },
+            "custom-diffusion",
+            {"trained": ["to_k"], "words": {"<new1>": [768]}},
+        ),
+    ],
+)
+def test_other_small_files_are_told(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], kind: str, said: dict[str, object]
+) -> None:
+    save_file(tensors, tmp_path / "s.safetensors")
+    (entry,) = listed(str(tmp_path / "s.safetensors"))
+    assert entry["kind"] == kind
+    assert {key: entry["details"][key] for key in said} == said
+    seen = run(str(tmp_path / "s.safetensors")).stdout
+    assert all(key in seen for key in said)

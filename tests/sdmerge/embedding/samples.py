@@ -127,7 +127,7 @@ def loaded(path: Path) -> dict[str, Tensor]:
         return {f"{one.name}/{key}": t for one in sorted(path.iterdir()) for key, t in load_file(one).items()}
     if path.suffix == ".safetensors":
         return load_file(path)
-    return dict(_inside("", torch.load(path, weights_only=True)))
+    return dict(_inside("", torch.load(path, map_location="cpu", weights_only=True)))
 
 
 def _inside(name: str, value: Any) -> list[tuple[str, Tensor]]:

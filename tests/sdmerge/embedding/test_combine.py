@@ -185,15 +185,6 @@ def test_into_an_adapter_and_out_again(tmp_path: Path) -> None:
     assert "bundle_emb.dog.string_to_param.*" in load_file(tmp_path / "c.safetensors")
 
 
-def test_words_of_pivotal_tuning_come_out(tmp_path: Path) -> None:
-    tensors = {f"unet:{i}:{half}": torch.ones(4, 768) if half == "down" else torch.ones(320, 4)
-               for i in range(1) for half in ("up", "down")}  # fmt: skip
-    words = {"<s1>": torch.randn(768), "<s2>": torch.randn(768)}
-    save_file(tensors | words, tmp_path / "p.safetensors", dict.fromkeys(words, "<embed>"))
-    with pytest.raises(Exception, match="unet"):  # one module alone has no place in the numbering
-        extract_embeddings(tmp_path / "p.safetensors", tmp_path / "o.safetensors")
-
-
 def test_adapters_that_carry_nothing_and_families_that_differ(tmp_path: Path) -> None:
     adapter = lora(tmp_path / "l.safetensors")
     with pytest.raises(RequestError, match="carries none at all"):
