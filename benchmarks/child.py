@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Call = Callable[[], object]
 
 GEMM = 4096
+_PARTS = {"bake": ("sdmerge.lora.bake",), "convert": ("sdmerge.lora.convert",), "extract": ("sdmerge.lora.extract",)}
+"""What a call would import when it is first made."""
 
 
 def prepare_floor(request: Request) -> Call:
@@ -38,21 +40,19 @@ def prepare_sdmerge(request: Request) -> Call:
     for name in ("torch", "sdmerge.methods", "sdmerge.run"):  # the calls below import these when first needed
         import_module(name)
     job, inputs = request["job"], request["inputs"]
-    add_difference, weighted_sum = sdmerge.add_difference, sdmerge.weighted_sum
     common = {"output": request["output"], "threads": request["threads"], "overwrite": True}
-    if job["operation"] == "add-diff":
-        return lambda: add_difference(*inputs, alpha=job["alpha"], **common)
-    if job["operation"] == "bake":
-        import_module("sdmerge.lora.bake")
-        return lambda: sdmerge.bake(inputs[0], inputs[1:], **common)
-    if job["operation"] == "convert":
-        import_module("sdmerge.lora.convert")
-        return lambda: sdmerge.convert(*inputs, to=job["layout"], **common)
-    if job["operation"] == "ties":
-        return lambda: sdmerge.merge("ties", inputs[1:], {"density": 0.2}, base=inputs[0], **common)
-    if job["alpha"] is not None:
-        return lambda: weighted_sum(inputs, alpha=job["alpha"], **common)
-    return lambda: weighted_sum(inputs, weights=list(job["coefficients"]), **common)
+    for part in _PARTS.get(job["operation"], ()):
+        import_module(part)
+    calls: dict[str, Call] = {
+        "add-diff": lambda: sdmerge.add_difference(*inputs, alpha=job["alpha"], **common),
+        "bake": lambda: sdmerge.bake(inputs[0], inputs[1:], **common),
+        "convert": lambda: sdmerge.convert(*inputs, to=job["layout"], **common),
+        "extract": lambda: sdmerge.extract_lora(*inputs, rank=job["rank"], **common),
+        "ties": lambda: sdmerge.merge("ties", inputs[1:], {"density": 0.2}, base=inputs[0], **common),
+        "weighted": lambda: sdmerge.weighted_sum(inputs, **weights, **common),
+    }
+    weights = {"alpha": job["alpha"]} if job["alpha"] is not None else {"weights": list(job["coefficients"])}
+    return calls[job["operation"]]
 
 
 def prepare_mecha(request: Request) -> Call:

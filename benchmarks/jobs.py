@@ -25,10 +25,11 @@ class Job:
 
     Args:
         name: how the table calls it.
-        operation: ``weighted``, ``add-diff``, ``ties``, ``convert`` of an adapter, or ``bake``.
+        operation: ``weighted``, ``add-diff``, ``ties``, ``convert`` of an adapter, ``bake``, or ``extract``.
         coefficients: what each model is multiplied with.
         alpha: the factor that the user gives, where it is not a list of weights.
         layout: what an adapter is converted to.
+        rank: what is extracted at.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Job:
     coefficients: tuple[float, ...]
     alpha: float | None = None
     layout: str | None = None
+    rank: int | None = None
 
     @property
     def models(self) -> int:
@@ -71,6 +73,11 @@ class Job:
     def bake(cls, adapters: int) -> Job:
         """Bake adapters into a model."""
         return cls(f"bake {adapters}", "bake", (1.0,) * (adapters + 1))
+
+    @classmethod
+    def extract(cls, rank: int) -> Job:
+        """Extract a LoRA of B over C."""
+        return cls(f"extract, rank {rank}", "extract", (1.0, -1.0), rank=rank)
 
 
 ADD_FULL = Job.add_difference(1.0)

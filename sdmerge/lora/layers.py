@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
+
+import torch
 
 from sdformats.adapters import names
 from sdformats.tensor import DType
@@ -25,6 +28,7 @@ _STEPS = {DType.F16: 2.0**-10, DType.BF16: 2.0**-7, DType.F32: 2.0**-23, DType.F
 _ROUNDING = 0.541 / 12
 """A rounding error's square is one twelfth of the step's; the step's, for magnitudes spread evenly over logarithms, 0.541 of what
 it is at the power of two below."""
+_PIECE = 1 << 20
 _LOUD = 2.0
 """How much larger than that of rounding a change's squared norm must be to count as one."""
 
@@ -66,7 +70,7 @@ class Layer:
         """
         both = [value(ref).float() for ref in (self.tuned, self.base)]
         noise = sum(
-            _ROUNDING * _STEPS.get(ref.spec.dtype, 0.0) ** 2 * float(weight.double().square().sum())
+            _ROUNDING * _STEPS.get(ref.spec.dtype, 0.0) ** 2 * squared_norm(weight)
             for ref, weight in zip((self.tuned, self.base), both, strict=True)
         )
         change = both[0].sub_(both[1])
@@ -76,9 +80,14 @@ class Layer:
         return change, noise
 
 
+def squared_norm(values: Tensor) -> float:
+    """Return Σ x² in float64, in pieces: a copy of the largest layers in float64 would be half a gigabyte."""
+    return math.fsum(float(piece.double().square_().sum()) for piece in torch.split(values.reshape(-1), _PIECE))
+
+
 def is_noise(change: Tensor, noise: float) -> str | None:
     """Say why a change is none: ``unchanged``, or ``rounding``; None where it is one."""
-    energy = float(change.double().square().sum())
+    energy = squared_norm(change)
     if energy == 0:
         return "unchanged"
     return "rounding" if energy < _LOUD * noise else None
