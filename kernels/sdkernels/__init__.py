@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from sdkernels import cast as cast
+    from sdkernels import dora as dora
     from sdkernels import dropout as dropout
+    from sdkernels import hadamard as hadamard
     from sdkernels import kernel as kernel
+    from sdkernels import kron as kron
     from sdkernels import lerp as lerp
     from sdkernels import linear as linear
     from sdkernels import lora_linear as lora_linear
+    from sdkernels import lowrank as lowrank
     from sdkernels import philox as philox
     from sdkernels import reduce as reduce
     from sdkernels import rounding as rounding
@@ -25,11 +29,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "cast",
+    "dora",
     "dropout",
+    "hadamard",
     "kernel",
+    "kron",
     "lerp",
     "linear",
     "lora_linear",
+    "lowrank",
     "philox",
     "reduce",
     "rounding",

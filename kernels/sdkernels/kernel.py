@@ -112,6 +112,13 @@ def defined_in(module: ModuleType) -> tuple[Kernel[Any], ...]:
     return tuple(value for value in vars(module).values() if isinstance(value, Kernel) and value.name.startswith(start))
 
 
+def programs_of(device: torch.device) -> int:
+    """Return how many programs of a few warps keep a device busy: two for each of a GPU's multiprocessors."""
+    if device.type != "cuda":
+        return 8  # the interpreter's
+    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def _on_gpu(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
     first = _first_tensor((options.get("out"), *args))
     if first is not None:

@@ -7,7 +7,7 @@ number of 24 bits is below q's fraction. A value that the type holds is never ch
 import math
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,18 +72,14 @@ def _round(x: Tensor, uniform: Tensor, dtype: torch.dtype) -> Tensor:
     return near if bool(within.all()) else torch.where(within, near, x * torch.inf)
 
 
-@triton.jit(do_not_specialize=["seed", "first"])  # type: ignore[untyped-decorator, unused-ignore]
-def _round_kernel(  # type: ignore[no-untyped-def]
-    out, x, seed, first, count, largest, last, tiny, per_step, step,
-    CUT: tl.constexpr, HALVED: tl.constexpr, SKIPPED: tl.constexpr, COUNTERS: tl.constexpr,
-):  # fmt: skip
-    """Fraction and floor of a number of steps are the lower and upper bits of a float32 that is normal in out's type."""
-    at = tl.program_id(0).to(tl.int64) * (4 * COUNTERS) + tl.arange(0, 4 * COUNTERS) - SKIPPED
-    inside = (at >= 0) & (at < count)
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def by_chance(value, words, largest, last, tiny, per_step, step, CUT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the bits of float32 values, rounded as `Form` says.
+
+    Fraction and floor of a number of steps are the lower and upper bits of a float32 that is normal in the narrow type.
+    """
     bits = value.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    words = words_of(seed, first, COUNTERS)
     fraction = magnitude & ((1 << CUT) - 1)
     up = (words >> (32 - CUT)).to(tl.int32) < fraction
     rounded = magnitude - fraction + tl.where(up, 1 << CUT, 0)
@@ -93,11 +89,57 @@ def _round_kernel(  # type: ignore[no-untyped-def]
     small = (whole + tl.where(up, 1.0, 0.0)) * step
     rounded = tl.where(magnitude < tiny, small.to(tl.int32, bitcast=True), rounded)
     beyond = tl.where(magnitude > 0x7F800000, magnitude | 0x00400000, 0x7F800000)
-    rounded = tl.where(magnitude > last, beyond, tl.minimum(rounded, largest)) | (bits ^ magnitude)
+    return tl.where(magnitude > last, beyond, tl.minimum(rounded, largest)) | (bits ^ magnitude)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def store_bits(place, bits, mask, HALVED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write what `by_chance` returned."""
     if HALVED:
-        tl.store(out + at, (rounded >> 16).to(tl.int16), mask=inside)
+        tl.store(place, (bits >> 16).to(tl.int16), mask=mask)
     else:
-        tl.store(out + at, rounded.to(tl.float32, bitcast=True).to(out.dtype.element_ty), mask=inside)
+        tl.store(place, bits.to(tl.float32, bitcast=True).to(place.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "first"])  # type: ignore[untyped-decorator, unused-ignore]
+def _round_kernel(  # type: ignore[no-untyped-def]
+    out, x, seed, first, count, largest, last, tiny, per_step, step,
+    CUT: tl.constexpr, HALVED: tl.constexpr, SKIPPED: tl.constexpr, COUNTERS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * (4 * COUNTERS) + tl.arange(0, 4 * COUNTERS) - SKIPPED
+    inside = (at >= 0) & (at < count)
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    bits = by_chance(value, words_of(seed, first, COUNTERS), largest, last, tiny, per_step, step, CUT)
+    store_bits(out + at, bits, inside, HALVED)
+
+
+class Form(NamedTuple):
+    """How a kernel rounds to a type by chance.
+
+    Attributes:
+        numbers: bits of the largest value, of the last that is not beyond it, of the smallest normal one; steps below that
+            in 1, and the inverse.
+        cut: bits of float32's mantissa that go.
+        halved: whether the result is float32's upper half, stored as int16.
+    """
+
+    numbers: tuple[int, int, int, float, float]
+    cut: int
+    halved: bool
+
+
+def form_of(dtype: torch.dtype) -> Form:
+    """Return how to round to a type.
+
+    bfloat16 is float32's upper half: its subnormal numbers are cut like the others, and it is stored as bits, since Triton's
+    interpreter narrows subnormal numbers to it wrongly.
+    """
+    mantissa, lowest = _form(dtype)
+    halved = dtype == torch.bfloat16
+    scale = 1.0 if halved else 2.0 ** (mantissa - lowest)
+    tiny = 0 if halved else _bits(2.0**lowest)
+    numbers = (_bits(torch.finfo(dtype).max), _bits(limit(dtype)), tiny, scale, 1 / scale)
+    return Form(numbers, 23 - mantissa, halved)
 
 
 def fast(x: Tensor, out: Tensor, key: Key, start: int = 0) -> Tensor:
@@ -109,15 +151,11 @@ def fast(x: Tensor, out: Tensor, key: Key, start: int = 0) -> Tensor:
     result = out if direct else torch.empty(x.shape, dtype=torch.float32, device=x.device)
     first, skipped = divmod(start, 4)
     if x.numel():
-        mantissa, lowest = _form(out.dtype)
-        # bfloat16 is float32's upper half: its subnormal numbers are cut like the others, and it is stored as bits, since
-        # Triton's interpreter narrows subnormal numbers to it wrongly.
-        scaled = out.dtype != torch.bfloat16
-        scale = 2.0 ** (mantissa - lowest) if scaled else 1.0
+        form = form_of(out.dtype)
+        halved = direct and form.halved
         _round_kernel[(triton.cdiv(x.numel() + skipped, 4 * _COUNTERS),)](
-            result if scaled or not direct else result.view(torch.int16), values, seed_of(key), first, x.numel(),
-            _bits(torch.finfo(out.dtype).max), _bits(limit(out.dtype)), _bits(2.0**lowest) if scaled else 0,
-            scale, 1 / scale, CUT=23 - mantissa, HALVED=direct and not scaled, SKIPPED=skipped, COUNTERS=_COUNTERS,
+            result.view(torch.int16) if halved else result, values, seed_of(key), first, x.numel(), *form.numbers,
+            CUT=form.cut, HALVED=halved, SKIPPED=skipped, COUNTERS=_COUNTERS,
         )  # fmt: skip
     return out if direct else narrow(result, out)
 
