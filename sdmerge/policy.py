@@ -149,6 +149,11 @@ def check_together(views: Sequence[View], options: Options, notes: Notes) -> Non
                 f"{one.source.path}: is an adapter (LoRA or the like), whose factors cannot be added up one by one; "
                 "expected a checkpoint"
             )
+        if one.detection.kind == "embedding":
+            raise RequestError(
+                f"{one.source.path}: is a textual-inversion embedding; mix embeddings with `sdmerge embedding mix` "
+                "(expected a checkpoint)"
+            )
     first = views[0]
     for other in views[1:]:
         mine, theirs = first.detection, other.detection

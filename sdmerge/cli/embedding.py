@@ -42,7 +42,7 @@ def embedding() -> None:
 @click.option("--keep-norm", is_flag=True, help="Give each vector the average length of those that it is made of.")
 @_written
 def mix(embeddings: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Write the weighted sum of embeddings' vectors; without weights, their mean."""
+    """Average embeddings' vectors, with weights."""
     from sdmerge import embeddings as api
     from sdmerge.lora.strength import parse_strength
 
@@ -57,7 +57,7 @@ def mix(embeddings: tuple[str, ...], as_json: bool, **given: Any) -> None:
 @click.argument("embeddings", nargs=-1, required=True, type=click.Path(), metavar="EMBEDDING ...")
 @_written
 def stack(embeddings: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Write several embeddings' vectors one after the other, as one word."""
+    """Put embeddings' vectors one after the other."""
     from sdmerge import embeddings as api
 
     chosen = {name: given.pop(name) for name in _CHOSEN}
@@ -70,7 +70,7 @@ def stack(embeddings: tuple[str, ...], as_json: bool, **given: Any) -> None:
 @click.option("--word", metavar="TOKEN", help="Which word, where there are several.")
 @_written
 def slice_command(source: str, as_json: bool, **given: Any) -> None:
-    """Write some of an embedding's vectors, or one of its words."""
+    """Take some vectors, or one word of several."""
     from sdmerge import embeddings as api
 
     chosen = {name: given.pop(name) for name in (*_CHOSEN, "vectors", "word")}
@@ -82,7 +82,7 @@ def slice_command(source: str, as_json: bool, **given: Any) -> None:
 @click.option("--word", metavar="TOKEN", help="Which word, where there are several.")
 @_written
 def extract(adapter: str, as_json: bool, **given: Any) -> None:
-    """Write the embeddings that an adapter carries into a file of their own."""
+    """Take embeddings out of an adapter."""
     from sdmerge import embeddings as api
 
     chosen = {name: given.pop(name) for name in (*_CHOSEN, "word")}
@@ -97,7 +97,7 @@ def extract(adapter: str, as_json: bool, **given: Any) -> None:
 @options.FOR
 @options.output_options
 def bundle(adapter: str, embeddings: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Write an adapter with embeddings in it, in the adapter's own layout."""
+    """Put embeddings into an adapter."""
     from sdmerge import embeddings as api
 
     chosen = {name: given.pop(name) for name in ("output", "token", "for_family")}

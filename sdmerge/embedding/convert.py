@@ -10,7 +10,6 @@ from sdformats.files import open_source
 from sdformats.layout import detect
 from sdmerge.embedding.write import write_embedding
 from sdmerge.errors import RequestError
-from sdmerge.execute import check_decided
 from sdmerge.policy import Notes
 
 if TYPE_CHECKING:
@@ -52,13 +51,16 @@ def convert_embedding(source: TensorSource, target: Path, wanted: Wanted, option
 def open_one(stack: ExitStack, path: Path, options: Options) -> Opened:
     """Open an embedding for as long as `stack` lives.
 
+    What could be something else too is taken for one: nothing else is asked for.
+
     Raises:
         sdformats.errors.FormatError: it cannot be read, or is none.
-        RequestError: it could be something else too.
+        RequestError: it is an adapter.
     """
     source = stack.enter_context(open_source(path))
     seen = detect(source.specs, metadata=source.metadata, kind=options.kind)
-    check_decided(seen, path)
+    if len(seen.readings) > 1:
+        seen = detect(source.specs, metadata=source.metadata, kind="embedding")
     if seen.kind == "adapter":
         raise RequestError(
             f"{path}: is an adapter; take the embeddings that it carries out of it with `sdmerge embedding extract`"

@@ -14,6 +14,7 @@ from sdformats.embeddings.layout import check_holds
 from sdformats.embeddings.layouts._shared import texts
 from sdformats.renamed import Renamed
 from sdformats.torch_sink import SUFFIXES
+from sdformats.views import Stored
 from sdmerge.errors import FamilyError, RequestError, nearest
 from sdmerge.lora.refs import Cast, Computed, in_type, step_of
 from sdmerge.step import Plan, Read, Step, ordered
@@ -79,7 +80,7 @@ def write_embedding(
 
     Args:
         embedding: called as it should be.
-        sources: the files that it comes from.
+        sources: the files that it comes from; none, where its vectors are in memory.
         target: where to write; its ending tells the container.
         wanted: see there.
         options: dtype, overwrite and the like.
@@ -93,12 +94,13 @@ def write_embedding(
         FamilyError: it is for another family.
         sdformats.errors.FormatError: the output cannot be written.
     """
-    check_family(embedding, wanted.family, sources[0].path)
+    path = sources[0].path if sources else target
+    check_family(embedding, wanted.family, path)
     container = container_of(target)
     if wanted.allow_loss:
         embedding = _without_outputs(embedding, notes)
     layout = chosen_layout(wanted.to, container, embedding, target)
-    embedding = _called(embedding, layout, wanted.token, sources[0].path, target, notes)
+    embedding = _called(embedding, layout, wanted.token, path, target, notes)
     check_holds(layout, embedding)
     assert layout.write is not None, "check_holds refuses layouts that are only read"
     if options.output_type is not None:
@@ -248,7 +250,11 @@ def _tell_lost(
 def _plan(tensors: Mapping[str, Ref], sources: tuple[TensorSource, ...], family: str | None, notes: Notes) -> Plan:
     """Return the plan: bytes are copied, however they are cut and joined; what is computed is rounded once."""
     bare = {name: ref.of if isinstance(ref, Cast) else ref for name, ref in tensors.items()}
-    view = Renamed({name: ref for name, ref in bare.items() if _is_view(ref)}, sources)
+    views = {name: ref for name, ref in bare.items() if _is_view(ref)}
+    if not views:
+        steps = [step_of(name, ref) for name, ref in tensors.items()]
+        return Plan(ordered(steps, sources), tuple(tensors), sources, notes.lines(), family)
+    view = Renamed(views, sources)
     steps = [
         Step(name, ref.spec, (Read(view, name),), why="copy") if name in view.specs else step_of(name, ref)
         for name, ref in tensors.items()
@@ -257,4 +263,7 @@ def _plan(tensors: Mapping[str, Ref], sources: tuple[TensorSource, ...], family:
 
 
 def _is_view(ref: Ref) -> bool:
-    return not isinstance(ref, Cast | Computed) and all(_is_view(part) for part in ref.parts)
+    """Whether a tensor is bytes of files, perhaps cut and joined."""
+    if isinstance(ref, Stored):
+        return True
+    return bool(ref.parts) and not isinstance(ref, Cast | Computed) and all(_is_view(part) for part in ref.parts)

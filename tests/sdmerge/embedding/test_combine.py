@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+import sdmerge
 from sdformats.adapters.errors import CannotHold
 from sdformats.errors import FormatError
 from sdmerge import cli
@@ -199,6 +200,7 @@ def test_adapters_that_carry_nothing_and_families_that_differ(tmp_path: Path) ->
     with pytest.raises(FormatError, match="is other .expected an embedding"):
         slice_embedding(tmp_path / "n.safetensors", tmp_path / "x.pt", vectors="0")
     torch.save(torch.ones(1, 768), tmp_path / "v.pt")
+    slice_embedding(tmp_path / "v.pt", tmp_path / "w.pt", vectors="0")
     with pytest.raises(FormatError, match="is an aesthetic embedding"):
         slice_embedding(tmp_path / "v.pt", tmp_path / "x.pt", vectors="0", kind="aesthetic")
     xlabs = {f"double_blocks.0.processor.qkv_lora1.{half}.weight": torch.ones(shape)
@@ -207,6 +209,15 @@ def test_adapters_that_carry_nothing_and_families_that_differ(tmp_path: Path) ->
     put(tmp_path, "z", "clip_l t5")
     with pytest.raises(CannotHold, match="embeddings"):
         bundle_embeddings(tmp_path / "f.safetensors", [tmp_path / "z.safetensors"], tmp_path / "o.safetensors")
+
+
+def test_merging_models_is_not_for_embeddings(tmp_path: Path) -> None:
+    put(tmp_path, "a")
+    put(tmp_path, "b")
+    with pytest.raises(RequestError, match="sdmerge embedding mix"):
+        sdmerge.weighted_sum(
+            [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], output=tmp_path / "o.safetensors"
+        )
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -224,6 +224,27 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir()] == ["in"]
 
 
+def test_vectors_in_memory_are_written(tmp_path: Path) -> None:
+    """What a trainer has, which comes from no file."""
+    from sdformats.embeddings.embedding import Embedding, Word
+    from sdformats.tensor import DType, Spec
+    from sdmerge.embedding.write import Wanted, write_embedding
+    from sdmerge.lora.held import Held
+    from sdmerge.options import Options
+    from sdmerge.policy import Notes
+
+    given = samples.vectors("clip_l", 3)["clip_l"]
+    word = Word("<cat>", {"clip_l": Held(given, Spec((3, 768), DType.F16))})
+    embedding = Embedding((word,), step=7, trainer="sdmerge")
+    for name in ("o.pt", "o.safetensors", "o.png"):
+        report = write_embedding(embedding, (), tmp_path / name, Wanted(), Options(), 0.0, Notes())
+        assert report.written
+    found = torch.load(tmp_path / "o.pt", weights_only=True)
+    assert same(found["string_to_param"]["*"], given.half())
+    assert (found["name"], found["step"]) == ("cat", 7)
+    assert inspect_path(tmp_path / "o.png")["details"]["words"][0]["vectors"] == {"clip_l": [3, 768]}
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     from transformers import CLIPTokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sdformats.embeddings.embedding import Embedding, Word
-from sdformats.embeddings.layout import EmbeddingLayout
+from sdformats.embeddings.layout import ONE, EmbeddingLayout, sets
 from sdformats.embeddings.layouts._shared import header, one, vectors_only
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ LAYOUT = EmbeddingLayout(
     read_by="diffusers, when it is told a token",
     marks=(r"^$",),
     fits=_fits,
+    encoders=ONE | sets("clip_g"),
     unwritten="nothing would tell it from an aesthetic embedding",
     read=read,
 )

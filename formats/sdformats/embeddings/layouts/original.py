@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sdformats.embeddings.embedding import Embedding
-from sdformats.embeddings.layout import EmbeddingLayout
+from sdformats.embeddings.layout import ONE, EmbeddingLayout, sets
 from sdformats.embeddings.layouts import a1111, hcp
 from sdformats.embeddings.layouts._shared import PARAM, header, vectors_only
 
@@ -31,6 +31,9 @@ LAYOUT = EmbeddingLayout(
     marks=(r"^string_to_(param|token)\.",),
     needs=(rf"^{PARAM}",),
     fits=_fits,
+    several=True,
+    names=True,
+    encoders=ONE | sets("bert"),
     unwritten="its reader wants a pickled torch module, and the words' numbers in the vocabulary of its tokenizer",
     read=read,
 )

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from sdformats.embeddings.embedding import Embedding, Word
-from sdformats.embeddings.layout import EmbeddingLayout
+from sdformats.embeddings.layout import EmbeddingLayout, sets
 from sdformats.embeddings.layouts._shared import header, vectors, vectors_only
 from sdformats.errors import CorruptFile
 from sdformats.views import Ref, joined
@@ -47,6 +47,7 @@ LAYOUT = EmbeddingLayout(
     read_by="XL-Textual-Inversion",
     marks=(r"^(\d+\.)?emb2?$",),
     fits=vectors_only,
+    encoders=sets("clip_l clip_g"),
     unwritten="only the notebook that wrote it reads it",
     read=read,
 )

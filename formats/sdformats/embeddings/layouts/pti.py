@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from sdformats.embeddings.embedding import Embedding, Word
-from sdformats.embeddings.layout import EmbeddingLayout
+from sdformats.embeddings.layout import EmbeddingLayout, sets
 from sdformats.embeddings.layouts._shared import header, vectors, vectors_only
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ LAYOUT = EmbeddingLayout(
     read_by="cog-sdxl, as one of several files in its archive",
     marks=(r"^text_encoders_[01]$",),
     fits=vectors_only,
+    names=True,
+    encoders=sets("clip_l clip_g"),
     unwritten="cog-sdxl reads it only out of an archive that its own trainer packs",
     read=read,
 )
