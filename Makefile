@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 endif
 PEERS := .venv-conformance
 PEERS_BIN := $(PEERS)/$(notdir $(BIN))
+BUILT_FROM := pyproject.toml constraints.txt hatch_build.py kernels/sdkernels/build.py kernels/sdkernels/native.c
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test lint bench conformance clean
@@ -34,15 +35,15 @@ conformance: $(PEERS)/.peers  ## The same merges by mergekit and sd-mecha, which
 $(VENV)/bin/python $(VENV)/Scripts/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo: $(BUILT_FROM) | $(BIN)/python
 	$(INSTALL) --editable '.[demo]'
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.dev: $(BUILT_FROM) | $(BIN)/python
 	$(INSTALL) --editable '.[dev]'
 	touch $@ $(VENV)/.demo
 
-$(PEERS)/.peers: pyproject.toml constraints.txt
+$(PEERS)/.peers: $(BUILT_FROM)
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable '.[conformance]'

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sdkernels.linear import Term
     from sdmerge.method import Method
 
 
@@ -105,6 +106,17 @@ class Call:
     def in_blocks(self) -> bool:
         """Whether blocks are enough once whole tensors were measured, so that no whole result is ever held."""
         return self.method.measure is not None and all(isinstance(operand, Leaf) for operand in self.operands)
+
+    @property
+    def summed(self) -> bool:
+        """Whether it is a sum of tensors as they were read."""
+        return self.method.terms is not None and all(isinstance(operand, Leaf) for operand in self.operands)
+
+    def terms(self, tensors: Sequence[Tensor]) -> Sequence[Term]:
+        """Return the terms of the sum that it is, as `summed` says."""
+        assert self.method.terms is not None, "summed says so"
+        given, extra = self._arguments(tensors, 0)
+        return self.method.terms(*given, **extra)
 
     def measure(self, tensors: Sequence[Tensor]) -> Any:
         """Return what the method needs to know of whole tensors before it is given blocks."""

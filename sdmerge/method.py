@@ -13,27 +13,34 @@ The decorator reads all this from the signature, registers the method under the 
 unchanged, so that tests call it directly. The docstring's first line is the method's summary; lines that begin with
 ``Formula:`` and ``Source:`` are shown by ``sdmerge methods``.
 
+A method that is a sum may return its terms instead, under `@method` and `@summed`.
+
 Files with methods must not use ``from __future__ import annotations``: the annotations are read as they stand. They must
 not import torch at the top either, so that a help text does not wait for it: name tensors as ``"Tensor"``, in quotes.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args, get_origin, runtime_checkable
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, get_args, get_origin, runtime_checkable
 
+import sdkernels
 from sdmerge.errors import RequestError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
+
+    from sdkernels.linear import Term
 
     Siblings = Callable[[str, Collection[str]], tuple[str, ...] | None]
 
 F = TypeVar("F", bound="Callable[..., Any]")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +183,8 @@ class Method:
             the same models, base and parameters as the function, which is then given blocks and the result as ``measured``.
         siblings: takes a tensor's name and the names of all tensors of the first model, and returns those that the method
             must see beside it; None where the method is not for this tensor, which is then the first model's.
+        terms: takes what the function does and returns the terms whose sum its result is, where it is one, so that a run can
+            make and round it in one pass.
         propagates: whether NaN or infinity in any input always shows in the result, so that checking the result is enough.
     """
 
@@ -191,6 +200,7 @@ class Method:
     propagates: bool
     measure: Callable[..., Any] | None = None
     siblings: Siblings | None = None
+    terms: Callable[..., Sequence[Term]] | None = None
 
     @property
     def summary(self) -> str:
@@ -315,10 +325,22 @@ def method(
             propagates=propagates,
             measure=measure,
             siblings=siblings,
+            terms=getattr(function, "terms", None),
         )
         return function
 
     return register
+
+
+def summed(function: Callable[P, Sequence[Term]]) -> Callable[P, Tensor]:
+    """Make a method of a function that returns the terms of a sum; see `sdkernels.linear`."""
+
+    @functools.wraps(function)
+    def add_up(*args: P.args, **extra: P.kwargs) -> Tensor:
+        return sdkernels.linear.combine(function(*args, **extra))
+
+    add_up.terms = function  # type: ignore[attr-defined]
+    return add_up
 
 
 def _parameter(name: str, found: inspect.Parameter) -> Parameter:

@@ -173,5 +173,5 @@ def _blocks(groups: Sequence[worker.Group]) -> Iterator[tuple[worker.Group, int,
         if step.whole:
             yield group, 0, count
             continue
-        for start in range(0, count, worker.BLOCK):
-            yield group, start, min(worker.BLOCK, count - start)
+        for start in range(0, count, worker.RUN):
+            yield group, start, min(worker.RUN, count - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from dataclasses import dataclass, replace
@@ -11,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sdkernels import cast, philox, rounding
+from sdkernels import cast, native, philox, rounding
 from sdmerge.dtypes import TORCH
 from sdmerge.expression import Call, InTiles
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sdformats.tensor import TensorSink
     from sdmerge.run import Job
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 18
 """Elements in a block: a few buffers of this size stay in a core's cache, and the cost of a call is spread thin."""
+SUM_BLOCK = 1 << 17
+"""The same for sums that native code makes in one pass: a call is cheap, and all inputs stay in the cache together."""
+RUN = 1 << 20
+"""Elements that a thread takes at a time: some blocks of either size."""
 WIDEST = 8
 """Bytes of the widest element."""
 _SMALLEST = 1 << 10
@@ -69,6 +74,46 @@ class _Prepared:
         self.copies = step.compute is None and step.reads[0].spec.dtype == step.spec.dtype
         self.checked = step.spec.dtype.is_float and step.spec.dtype in TORCH
         self.moved = self.bits + sum(bits for _, _, bits in self.reads)
+        summed = step.compute is None or (isinstance(step.compute, Call) and step.compute.summed and step.propagates)
+        self.summed = summed and all(map(native.serves, (self.type, *self.types)))
+
+    def sum_into(self, values: Sequence[Tensor], out: Tensor) -> Callable[[], bool]:
+        """Return what adds up, checks and rounds, for a step that is `summed`; see `native.combine_into`."""
+        compute = self.step.compute
+        found = native.combine_into(compute.terms(values) if isinstance(compute, Call) else [(1.0, values[0])], out)
+        assert found is not None, "vectors of types that native code serves"
+        return found
+
+
+class _Sums:
+    """Sums of a group in the memory of a block: looked up once, then made for block after block.
+
+    They are judged by their results: what is not finite in an input shows there.
+    """
+
+    def __init__(self, steps: Sequence[_Prepared], inputs: Sequence[_Buffer], output: _Buffer, count: int) -> None:
+        lead = steps[0]
+        self.count = count
+        self.values: list[Tensor] = []
+        self._reads: list[tuple[Callable[[str, int, memoryview], None], str, int, memoryview]] = []
+        for buffer, (read_into, key, bits), dtype in zip(inputs, lead.reads, lead.types, strict=True):
+            data, value = buffer.window(count * bits // 8, dtype)
+            self.values.append(value)
+            self._reads.append((read_into, key, bits // 8, data))
+        windows = [output.window(count * one.bits // 8, one.type) for one in steps]
+        self._outputs = [
+            (one, one.sum_into(self.values, out), data) for one, (data, out) in zip(steps, windows, strict=True)
+        ]
+
+    def do(self, start: int) -> Iterator[_Prepared]:
+        """Read, add up and write the block at `start`; yield the steps whose results are not finite, and not written."""
+        for read_into, key, width, data in self._reads:
+            read_into(key, start * width, data)
+        for one, add_up, data in self._outputs:
+            if add_up():
+                one.write(one.step.name, start * one.bits // 8, data)
+            else:
+                yield one
 
 
 class Worker:
@@ -83,9 +128,10 @@ class Worker:
         self._inputs: list[_Buffer] = []
         self._output = _Buffer(pinned=self._pinned)
         self._prepared: tuple[_Prepared, ...] = ()
+        self._sums: _Sums | None = None
 
     def do(self, group: Group, start: int, count: int) -> int:
-        """Read once, then compute and write one block, or one whole tensor, for each output; return the bytes moved."""
+        """Read once, then compute and write some blocks, or one whole tensor, for each output; return the bytes moved."""
         first = group[0].step
         if first.whole:
             with self._job.room(first.memory):
@@ -93,15 +139,28 @@ class Worker:
             return sum(target.step.cost for target in group)
         if not self._prepared or self._prepared[0].step is not first:
             self._prepared = tuple(_Prepared(target) for target in group)
-        lead = self._prepared[0]
-        if lead.copies:
-            self._copy(lead, start, count)
-        elif self._stream is None:
-            self._blockwise(start, count)
-        else:
-            with torch.cuda.stream(self._stream):
-                self._blockwise(start, count)
+            self._sums = None
+        self._in_blocks(start, count)
         return sum(count * one.moved // 8 for one in self._prepared)
+
+    def _in_blocks(self, start: int, count: int) -> None:
+        do: Callable[[int, int], None]
+        lead, in_order = self._prepared[0], self._stream is None and self._rounding is None
+        if lead.copies:
+            do, size = partial(self._copy, lead), BLOCK
+        elif in_order and all(one.summed for one in self._prepared):
+            do, size = self._add_up, SUM_BLOCK
+        else:
+            do, size = self._blockwise, BLOCK
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            for at in range(start, start + count, size):
+                do(at, min(size, start + count - at))
+
+    def _add_up(self, start: int, count: int) -> None:
+        if self._sums is None or self._sums.count != count:
+            self._sums = _Sums(self._prepared, self._buffers(len(self._prepared[0].reads)), self._output, count)
+        for one in self._sums.do(start):
+            self._emit(one, self._sums.values, start)
 
     def _copy(self, lead: _Prepared, start: int, count: int) -> None:
         offset, nbytes = (
@@ -137,16 +196,20 @@ class Worker:
 
     def _read_block(self, this: _Prepared, start: int, count: int) -> list[Tensor]:
         """Return one block of each input, as stored."""
-        while len(self._inputs) < len(this.reads):
-            self._inputs.append(_Buffer(pinned=self._pinned))
         values = []
-        for (read_into, key, bits), dtype, buffer in zip(this.reads, this.types, self._inputs, strict=False):
+        buffers = self._buffers(len(this.reads))
+        for (read_into, key, bits), dtype, buffer in zip(this.reads, this.types, buffers, strict=True):
             data, value = buffer.window(count * bits // 8, dtype)
             read_into(key, start * bits // 8, data)
             if self._stream is not None:
                 value = value.to(self._job.device, non_blocking=True)
             values.append(value)
         return values
+
+    def _buffers(self, count: int) -> list[_Buffer]:
+        while len(self._inputs) < count:
+            self._inputs.append(_Buffer(pinned=self._pinned))
+        return self._inputs[:count]
 
     def _whole(self, group: Group) -> None:
         """Whole tensors, scaled where they are fp8 with a factor. Memory is what the tensors take."""
@@ -306,6 +369,9 @@ class Pool:
 
 def finite(values: Tensor) -> bool:
     """Whether no element can be NaN or infinite: then their sum is neither. May say no where all is well (it overflows)."""
+    told = native.finite(values)
+    if told is not None:
+        return told
     if values.dtype.itemsize == 1:  # there is no sum of these
         values = values.float()
     return math.isfinite(values.sum().item())

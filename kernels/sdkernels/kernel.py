@@ -77,7 +77,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Kernel(Generic[Result]):
-    """One operation in two versions.
+    """One operation in two versions, and for some a third.
 
     Attributes:
         name: its name in tests, benchmarks and error messages: the module's, a dot, and its own.
@@ -87,8 +87,10 @@ class Kernel(Generic[Result]):
         large: for the benchmark, a case that moves about as many bytes as it is told.
         plain: for the benchmark, the torch expression over whole tensors that a user would write instead. It takes the
             arguments of `large` and may round otherwise, or draw other random numbers.
-        tolerance: how far apart the two versions may be, as a part of the result's largest magnitude. 0: bit for bit;
-            else a reduction, whose order differs, or a function that is not correctly rounded everywhere.
+        native: for the memory of a CPU, in C; the same signature, and the same result bit for bit. It falls back on
+            `reference` by itself where it has no library, or these tensors are not for it.
+        tolerance: how far apart `fast` and `reference` may be, as a part of the result's largest magnitude. 0: bit
+            for bit; else a reduction, whose order differs, or a function that is not correctly rounded everywhere.
     """
 
     name: str
@@ -98,12 +100,13 @@ class Kernel(Generic[Result]):
     large: Callable[[int], Case] | None = None
     plain: Callable[..., Any] | None = None
     tolerance: float = 0.0
+    native: Callable[..., Result] | None = None
 
     def __call__(self, *args: Any, **options: Any) -> Result:
-        """Run `fast` where a GPU holds the output or the first tensor, or is the device asked for; else `reference`."""
+        """Run `fast` where a GPU holds the output or the first tensor, or is the device asked for; else `native`, `reference`."""
         if HAS_TRITON and _on_gpu(args, options):
             return self.fast(*args, **options)
-        return self.reference(*args, **options)
+        return (self.native or self.reference)(*args, **options)
 
 
 def defined_in(module: ModuleType) -> tuple[Kernel[Any], ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from sdkernels.cast import accumulator
 from sdkernels.flat import deliver, span, target
 from sdkernels.kernel import Case, Kernel, tl, triton
+from sdkernels.native import combine_into
 
 Term = tuple[float, Tensor] | tuple[float, Tensor, Tensor]
 """``(w, x)`` or ``(w, x, y)``: floating tensors of one shape."""
@@ -98,6 +99,15 @@ class _Widener:
         if id(x) not in self._shared:
             self._shared[id(x)] = x.to(self._dtype)
         return self._shared[id(x)], False
+
+
+def native(terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
+    """Do what `reference` does in one pass over the memory: see native.c."""
+    made = torch.empty(terms[0][1].shape) if out is None else out
+    if (combine := combine_into(terms, made)) is None:
+        return reference(terms, out)
+    combine()
+    return made
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -207,4 +217,4 @@ def plain(terms: Sequence[Any], out: Tensor) -> Tensor:
     return out.copy_(first * a.float() + second * (b.float() - c.float()))
 
 
-combine = Kernel("linear.combine", reference, fast, cases, large, plain)
+combine = Kernel("linear.combine", reference, fast, cases, large, plain, native=native)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from sdkernels.linear import Term
 
+    Terms = tuple[Term, ...]
+    """What a sum is made of: see `sdkernels.linear`."""
+
 Numbers = tuple[float, ...]
 """One number for each model."""
 
@@ -51,10 +54,10 @@ def normalized(weights: Numbers) -> Numbers:
     return tuple(weight / divisor for weight in weights)
 
 
-def from_heaviest(shares: "Sequence[float]", tensors: "Sequence[Tensor]") -> "Tensor":
-    """Return Σ share · x of shares that add up to 1, as steps from the model with the largest: equal models stay."""
+def from_heaviest(shares: "Sequence[float]", tensors: "Sequence[Tensor]") -> "Terms":
+    """Return the terms of Σ share · x, shares that add up to 1, as steps from the model with the largest: equal models stay."""
     heaviest = max(range(len(shares)), key=lambda i: shares[i])
-    return sdkernels.linear.combine(((1.0, tensors[heaviest]), *steps(shares, tensors, heaviest)))
+    return (1.0, tensors[heaviest]), *steps(shares, tensors, heaviest)
 
 
 def steps(shares: "Sequence[float]", tensors: "Sequence[Tensor]", anchor: int) -> "list[Term]":

@@ -78,7 +78,7 @@ def geometric_median(
         raise RequestError("weights add up to 0: no model has a say (expected at least one above 0)")
     gram = sdkernels.reduce.gram(tensors, center=tensors[0]).cpu()
     shares = _weiszfeld(gram, torch.tensor(weights, dtype=torch.float64), iterations, tolerance).tolist()
-    return from_heaviest(shares, tensors)
+    return sdkernels.linear.combine(from_heaviest(shares, tensors))
 
 
 def _weiszfeld(gram: "Tensor", weights: "Tensor", iterations: int, tolerance: float) -> "Tensor":

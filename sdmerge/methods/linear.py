@@ -2,23 +2,25 @@
 
 from typing import TYPE_CHECKING
 
-import sdkernels
-from sdmerge.method import method
+from sdmerge.method import method, summed
 from sdmerge.methods._parameters import ByWeights, Learned, ShareOfB, Weights
 from sdmerge.methods._shared import for_each, from_heaviest, normalized
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sdmerge.methods._shared import Terms
+
 
 @method(mixed=True, propagates=True)
+@summed
 def add_difference(
     a: "Tensor",
     b: "Tensor",
     c: "Tensor",
     *,
     alpha: Learned = 1.0,
-) -> "Tensor":
+) -> "Terms":
     """A + alpha (B - C): give A what B learned over C.
 
     The difference is taken first, so the result is exactly A where B equals C.
@@ -30,16 +32,17 @@ def add_difference(
         a, b, c: tensors of one shape.
         alpha: 1 adds all of it, 0 none; other values extrapolate.
     """
-    return sdkernels.linear.combine(((1.0, a), (alpha, b, c)))
+    return (1.0, a), (alpha, b, c)
 
 
 @method(mixed=True, propagates=True)
+@summed
 def weighted_sum(
     a: "Tensor",
     b: "Tensor",
     *,
     alpha: ShareOfB = 0.5,
-) -> "Tensor":
+) -> "Terms":
     """Weighted sum of two models.
 
     Taken as a step from the model with the larger share: exact where the models agree, and a share of 1 returns its model.
@@ -52,16 +55,17 @@ def weighted_sum(
         alpha: 0 gives A, 1 gives B; other values extrapolate.
     """
     if alpha > 0.5:
-        return sdkernels.linear.combine(((1.0, b), (1.0 - alpha, a, b)))
-    return sdkernels.linear.combine(((1.0, a), (alpha, b, a)))
+        return (1.0, b), (1.0 - alpha, a, b)
+    return (1.0, a), (alpha, b, a)
 
 
 @method(mixed=True, propagates=True, at_least=1)
+@summed
 def linear(
     *tensors: "Tensor",
     weights: Weights = (1.0,),
     normalize: ByWeights = True,
-) -> "Tensor":
+) -> "Terms":
     """Weighted sum, or average, of any number of models.
 
     Weights that add up to 1 are applied to differences from the heaviest model, x_k + Σ wᵢ (xᵢ − x_k): the same value,
@@ -82,5 +86,5 @@ def linear(
     if normalize:
         weights = normalized(weights)
     elif abs(sum(weights) - 1) > 1e-12:
-        return sdkernels.linear.combine(tuple(zip(weights, tensors, strict=True)))
+        return tuple(zip(weights, tensors, strict=True))
     return from_heaviest(weights, tensors)

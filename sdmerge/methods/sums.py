@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import sdkernels
 from sdmerge.errors import RequestError
-from sdmerge.method import Param, Place, method
+from sdmerge.method import Param, Place, method, summed
 from sdmerge.methods._parameters import Between, ShareOfB
 from sdmerge.methods.linear import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sdmerge.methods._shared import Terms
 
 _TINTS = {
     "sd1": ((-1.0, 1 / 3, 2 / 3), (1.0, 1.0, 0.0), (0.0, -1.0, -1.0), (1.0, 0.0, 1.0)),
@@ -26,6 +28,7 @@ _NETWORKS = ("model.diffusion_model.", "diffusion_model.", "unet.", "")
 
 
 @method(mixed=True, propagates=True)
+@summed
 def triple_sum(
     a: "Tensor",
     b: "Tensor",
@@ -33,7 +36,7 @@ def triple_sum(
     *,
     alpha: ShareOfB = 1 / 3,
     beta: Annotated[float, Param("share of C", weight=True)] = 1 / 3,
-) -> "Tensor":
+) -> "Terms":
     """Weighted sum of three models by two shares.
 
     Formula: (1 − α − β) A + α B + β C
@@ -43,7 +46,7 @@ def triple_sum(
         a, b, c: tensors of one shape.
         alpha, beta: A has the rest of 1.
     """
-    return sdkernels.linear.combine(((1.0, a), (alpha, b, a), (beta, c, a)))
+    return (1.0, a), (alpha, b, a), (beta, c, a)
 
 
 @method(propagates=True)
@@ -68,13 +71,14 @@ def sum_twice(
 
 
 @method(mixed=True, propagates=True)
+@summed
 def weighted_subtraction(
     a: "Tensor",
     b: "Tensor",
     *,
     alpha: Annotated[float, Param("how much of B is taken out", 0, 1, weight=True)] = 0.5,
     beta: Annotated[float, Param("factor of alpha", 0, 1, weight=True)] = 0.5,
-) -> "Tensor":
+) -> "Terms":
     """Take a share of B out of A and scale the rest up: what, summed with B by that share, gives A.
 
     Formula: (A − α β B) / (1 − α β)
@@ -90,7 +94,7 @@ def weighted_subtraction(
     share = alpha * beta
     if share >= 1:
         raise RequestError("alpha and beta are both 1, which leaves nothing of A (expected a product below 1)")
-    return sdkernels.linear.combine(((1.0, a), (share / (1 - share), a, b)))
+    return (1.0, a), (share / (1 - share), a, b)
 
 
 @method(mixed=True, propagates=True)
@@ -192,11 +196,12 @@ def minimum(*tensors: "Tensor") -> "Tensor":
 
 
 @method(mixed=True, propagates=True)
+@summed
 def scale(
     a: "Tensor",
     *,
     alpha: Annotated[float, Param("factor", weight=True)] = 1.0,
-) -> "Tensor":
+) -> "Terms":
     """Multiply a model by a number.
 
     Formula: α A
@@ -206,7 +211,7 @@ def scale(
         a: any tensor.
         alpha: 1 gives A.
     """
-    return sdkernels.linear.combine(((alpha, a),))
+    return ((alpha, a),)
 
 
 @method(propagates=True)

@@ -4,22 +4,25 @@ import math
 from typing import TYPE_CHECKING, Annotated
 
 import sdkernels
-from sdmerge.method import Param, method
+from sdmerge.method import Param, method, summed
 from sdmerge.methods._parameters import ByAgreeing, Kept, Lam, Negligible, SumByWeights, Vote, Weights
 from sdmerge.methods._shared import blocks, for_each, total, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sdmerge.methods._shared import Terms
+
 
 @method(mixed=True, propagates=True, at_least=1)
+@summed
 def task_arithmetic(
     *tensors: "Tensor",
     base: "Tensor",
     weights: Weights = (1.0,),
     lam: Lam = 1.0,
     normalize: SumByWeights = False,
-) -> "Tensor":
+) -> "Terms":
     """Task arithmetic: the base plus the weighted sum of what the models learned over it.
 
     Exactly the base where all models equal it.
@@ -39,8 +42,7 @@ def task_arithmetic(
     """
     for_each("weights", weights, tensors)
     factor = lam / total(weights) if normalize else lam
-    terms = ((factor * weight, x, base) for weight, x in zip(weights, tensors, strict=True))
-    return sdkernels.linear.combine(((1.0, base), *terms))
+    return (1.0, base), *((factor * weight, x, base) for weight, x in zip(weights, tensors, strict=True))
 
 
 def _thresholds(*tensors: "Tensor", base: "Tensor", density: tuple[float, ...], **_: object) -> "list[Tensor | float]":

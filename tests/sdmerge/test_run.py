@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdkernels import native
 from sdmerge import api, run, worker
-from sdmerge.errors import RequestError
+from sdmerge.errors import RequestError, SdmergeError
 from sdmerge.options import Options
 from tests.sdmerge import toys
 
@@ -20,12 +21,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sdkernels.native import Library
+
 BLOCK = 4096
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "BLOCK", BLOCK)
+    monkeypatch.setattr(worker, "SUM_BLOCK", BLOCK // 4)
+    monkeypatch.setattr(worker, "RUN", 2 * BLOCK)
 
 
 def big(seed: int, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
@@ -34,6 +39,53 @@ def big(seed: int, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
     extra = {f"extra.{n}": (n,) for n in (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 17)}
     shapes: dict[str, tuple[int, ...]] = {**extra, "extra.scalar": (), "extra.none": (3, 0, 5)}
     return toys.toy(seed, dtype) | {n: torch.randn(s, generator=source).to(dtype) for n, s in shapes.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("output", ["keep", "fp16", "bf16", "fp32", "fp8_e4m3fn"])
+def test_native_code_writes_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Library, dtype: torch.dtype, output: str
+) -> None:
+    models = [big(seed, dtype) for seed in (1, 2, 3)]
+    paths = [toys.save(tmp_path / f"{i}.safetensors", x) for i, x in enumerate(models)]
+    written = []
+    for number, chosen in enumerate((None, library, library)):
+        monkeypatch.setattr(native, "LIBRARY", chosen)
+        out = tmp_path / "out.safetensors"
+        api.add_difference(*paths, alpha=0.7, output=out, dtype=output, threads=1 + number, overwrite=True)
+        written.append(out.read_bytes())
+        api.merge("linear", paths, {"weights": (0.5, 0.3, 0.1), "normalize": False}, output=out, overwrite=True)
+        written[-1] += out.read_bytes()
+        api.convert(paths[0], out, dtype=output, overwrite=True)
+        written[-1] += out.read_bytes()
+    assert written[0] == written[1] == written[2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 60000.0])
+@pytest.mark.parametrize("index", [0, BLOCK // 4, 3 * BLOCK + 16])
+def test_native_code_finds_the_same_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Library, value: float, index: int
+) -> None:
+    models = [big(seed) for seed in (1, 2, 3)]
+    name = f"extra.{3 * BLOCK + 17}"
+    models[1][name][index] = value
+    models[2][name][index] = -abs(value)
+    paths = [toys.save(tmp_path / f"{i}.safetensors", x) for i, x in enumerate(models)]
+    told, written, out = [], [], tmp_path / "out.safetensors"
+    for chosen in (None, library):
+        monkeypatch.setattr(native, "LIBRARY", chosen)
+        with pytest.raises(SdmergeError) as error:
+            api.add_difference(*paths, output=out)
+        assert not out.exists()
+        told.append(str(error.value))
+        for overflow in ("saturate", "inf"):
+            report = api.add_difference(*paths, output=out, overwrite=True, overflow=overflow, allow_nonfinite=True)
+            numbers = load_file(out)[name].nan_to_num(nan=12345.0)  # NaN has many bits
+            written.append((numbers.tolist(), report.nonfinite, report.overflowed))
+        out.unlink()
+    assert name in told[0]
+    assert told[0] == told[1]
+    assert written[:2] == written[2:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -1,0 +1,158 @@
+/* One pass over the memory of a CPU: a linear combination of tensors, rounded once and looked through for what is not finite.
+ *
+ * A torch expression makes a pass over the block for each widening, each sum and the rounding. Here 32 elements at a time
+ * are widened, added up and rounded in registers. Every operation is the one that linear.py's `reference` does, in its
+ * order, so the bits are the same: float32, differences first, each term after the first with a fused multiply-add, one
+ * rounding to nearest even at the end.
+ *
+ * It needs AVX2, FMA and F16C (Intel since 2013, AMD since 2015); native.py asks torch whether they are there. Nothing here
+ * allocates, fails, or reads or writes outside of the matrices.
+ */
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef enum { FLOAT16, BFLOAT16, FLOAT32, MIXED } Type;
+static const size_t SIZE[] = {2, 2, 4};
+/* The first magnitude that rounds to infinity, as the bits of a float32; those of NaN are larger, all others smaller. */
+static const int32_t TOO_LARGE[] = {0x477ff000, 0x7f7f8000, 0x7f800000};
+
+/* Rows of contiguous elements, `stride` elements apart. A vector is one row. */
+typedef struct {
+    char *data;
+    int64_t stride;
+    int64_t type;
+} Matrix;
+
+/* weight · x, or weight · (x − y) where y has data. */
+typedef struct {
+    double weight;
+    Matrix x, y;
+} Term;
+
+enum { LANES = 8, VECTORS = 4, GROUP = LANES * VECTORS };
+typedef struct {
+    __m256 v[VECTORS];
+} Group; /* 32 numbers in four registers */
+
+#define INLINE static inline __attribute__((always_inline))
+#define EACH(i) for (int i = 0; i < VECTORS; i++)
+
+static char *place(const Matrix *matrix, size_t row, size_t column) {
+    return matrix->data + (row * matrix->stride + column) * SIZE[matrix->type];
+}
+
+INLINE __m128i load_16_bits(const char *at) { return _mm_loadu_si128((const __m128i *)at); }
+
+/* Widen a group, or the `count` elements that are left of a row. Where `type` is MIXED, the matrix's own counts. */
+INLINE Group load(const Matrix *matrix, size_t row, size_t column, size_t count, Type type) {
+    const char *at = place(matrix, row, column);
+    char padded[GROUP * sizeof(float)];
+    if (count < GROUP) {
+        memset(padded, 0, sizeof padded);
+        at = memcpy(padded, at, count * SIZE[matrix->type]);
+    }
+    Group to;
+    switch (type == MIXED ? (Type)matrix->type : type) {
+        case FLOAT16: EACH(i) to.v[i] = _mm256_cvtph_ps(load_16_bits(at + 2 * LANES * i)); break;
+        case BFLOAT16:
+            EACH(i) {
+                const __m256i wide = _mm256_cvtepu16_epi32(load_16_bits(at + 2 * LANES * i));
+                to.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+            }
+            break;
+        default: EACH(i) to.v[i] = _mm256_loadu_ps((const float *)at + LANES * i);
+    }
+    return to;
+}
+
+/* Round to bfloat16: add half a step, less one where the last bit that stays is 0 (ties to even), and cut. NaN stays NaN. */
+INLINE __m128i to_bfloat16(__m256 value) {
+    const __m256i bits = _mm256_castps_si256(value);
+    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    const __m256i cut = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(cut), _mm256_extracti128_si256(cut, 1));
+}
+
+/* Round a group into place, or the `count` elements that are left of a row. */
+INLINE void store(Group from, const Matrix *matrix, size_t row, size_t column, size_t count, Type type) {
+    char *out = place(matrix, row, column), padded[GROUP * sizeof(float)];
+    char *at = count < GROUP ? padded : out;
+    __m128i *halves = (__m128i *)at;
+    switch (type == MIXED ? (Type)matrix->type : type) {
+        case FLOAT16: EACH(i) _mm_storeu_si128(halves + i, _mm256_cvtps_ph(from.v[i], _MM_FROUND_TO_NEAREST_INT)); break;
+        case BFLOAT16: EACH(i) _mm_storeu_si128(halves + i, to_bfloat16(from.v[i])); break;
+        default: EACH(i) _mm256_storeu_ps((float *)at + LANES * i, from.v[i]);
+    }
+    if (count < GROUP) memcpy(out, padded, count * SIZE[matrix->type]);
+}
+
+/* Load x, or x − y. */
+INLINE Group value_of(const Term *term, size_t row, size_t column, size_t count, Type type) {
+    Group value = load(&term->x, row, column, count, type);
+    if (term->y.data) {
+        const Group y = load(&term->y, row, column, count, type);
+        EACH(i) value.v[i] = _mm256_sub_ps(value.v[i], y.v[i]);
+    }
+    return value;
+}
+
+/* Add up at most a group; return its largest magnitudes, lane by lane, as bits. */
+INLINE __m256i sum(const Term *terms, size_t length, const Matrix *out, size_t row, size_t column, size_t count, Type type) {
+    Group total = value_of(terms, row, column, count, type);
+    if (terms->weight != 1) EACH(i) total.v[i] = _mm256_mul_ps(_mm256_set1_ps((float)terms->weight), total.v[i]);
+    for (const Term *term = terms + 1; term < terms + length; term++) {
+        const Group value = value_of(term, row, column, count, type);
+        const __m256 weight = _mm256_set1_ps((float)term->weight);
+        EACH(i) total.v[i] = _mm256_fmadd_ps(weight, value.v[i], total.v[i]);
+    }
+    store(total, out, row, column, count, type);
+    __m256i largest = _mm256_setzero_si256();
+    EACH(i) {
+        const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(total.v[i]), _mm256_set1_epi32(0x7fffffff));
+        largest = _mm256_max_epi32(largest, magnitude);
+    }
+    return largest;
+}
+
+/* Each call of this with a constant `type` is a loop of its own, without a look at types in it. */
+INLINE int combine(const Term *terms, size_t length, const Matrix *out, size_t rows, size_t columns, Type type) {
+    __m256i largest = _mm256_setzero_si256();
+    for (size_t row = 0; row < rows; row++) {
+        size_t column = 0;
+        for (; column + GROUP <= columns; column += GROUP)
+            largest = _mm256_max_epi32(largest, sum(terms, length, out, row, column, GROUP, type));
+        if (column < columns)
+            largest = _mm256_max_epi32(largest, sum(terms, length, out, row, column, columns - column, type));
+    }
+    const __m256i bad = _mm256_cmpgt_epi32(largest, _mm256_set1_epi32(TOO_LARGE[out->type] - 1));
+    return _mm256_testz_si256(bad, bad);
+}
+
+/* out = the sum of `length` terms (one or more), all matrices of rows × columns; return whether all of it is finite. */
+int sdkernels_combine(const Term *terms, size_t length, const Matrix *out, size_t rows, size_t columns) {
+    int alike = 1;
+    for (const Term *term = terms; term < terms + length; term++)
+        alike &= term->x.type == out->type && (!term->y.data || term->y.type == out->type);
+    if (alike && out->type == FLOAT16)
+        return combine(terms, length, out, rows, columns, FLOAT16);
+    if (alike && out->type == BFLOAT16)
+        return combine(terms, length, out, rows, columns, BFLOAT16);
+    return combine(terms, length, out, rows, columns, MIXED);
+}
+
+/* Whether no element is NaN or infinite: none has an exponent of ones alone. */
+int sdkernels_finite(const void *data, size_t count, int64_t type) {
+    const uint16_t ones16 = type == FLOAT16 ? 0x7c00 : 0x7f80;
+    const uint32_t ones32 = 0x7f800000;
+    uint16_t bad16 = 0; /* as wide as the elements: then whole vectors are compared */
+    uint32_t bad32 = 0;
+    if (type == FLOAT32)
+        for (size_t i = 0; i < count; i++) bad32 |= (((const uint32_t *)data)[i] & ones32) == ones32;
+    else
+        for (size_t i = 0; i < count; i++) bad16 |= (((const uint16_t *)data)[i] & ones16) == ones16;
+    return !bad16 && !bad32;
+}
