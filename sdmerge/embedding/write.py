@@ -11,7 +11,6 @@ from sdformats.adapters.errors import CannotHold
 from sdformats.embeddings import LAYOUTS
 from sdformats.embeddings.embedding import FAMILIES, WIDTHS, Embedding, Word
 from sdformats.embeddings.layout import check_holds
-from sdformats.embeddings.layouts._shared import texts
 from sdformats.renamed import Renamed
 from sdformats.torch_sink import SUFFIXES
 from sdformats.views import Stored
@@ -242,7 +241,7 @@ def _tell_lost(
         kept: Mapping[str, object] = written.metadata
     else:
         kept = written.tree if isinstance(written.tree, Mapping) else {}
-    for key in texts(embedding):
+    for key in embedding.texts:
         if key not in kept:
             notes.add(f"left out, as {layout.name} has no place for texts there", key)
 

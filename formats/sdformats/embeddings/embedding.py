@@ -80,6 +80,17 @@ class Embedding:
     notes: tuple[str, ...] = ()
 
     @property
+    def texts(self) -> dict[str, str]:
+        """What a file can say beside the vectors: A1111's texts that are known, and the trainer's."""
+        said = {
+            "name": self.name,
+            "step": None if self.step is None else str(self.step),
+            "sd_checkpoint": self.checkpoint_hash,
+            "sd_checkpoint_name": self.checkpoint,
+        }
+        return {key: value for key, value in said.items() if value is not None} | dict(self.metadata)
+
+    @property
     def family(self) -> str | None:
         """What it is for; None where nothing tells, or its words disagree."""
         found = {word.family for word in self.words}

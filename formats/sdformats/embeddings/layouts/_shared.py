@@ -82,17 +82,6 @@ def _text(metadata: Mapping[str, str], key: str, coded: bool) -> str | None:
     return str(value)
 
 
-def texts(embedding: Embedding) -> dict[str, str]:
-    """Return the texts for a safetensors file."""
-    said = {
-        "name": embedding.name,
-        "step": None if embedding.step is None else str(embedding.step),
-        "sd_checkpoint": embedding.checkpoint_hash,
-        "sd_checkpoint_name": embedding.checkpoint,
-    }
-    return {key: value for key, value in said.items() if value is not None} | dict(embedding.metadata)
-
-
 def a1111_tree(embedding: Embedding, tensor: str) -> dict[str, Tree]:
     """Return what A1111 pickles: the only word stands for ``*``, whose number in CLIP's vocabulary is 265."""
     return {

@@ -9,7 +9,7 @@ from sdformats.adapters.layout import Written
 from sdformats.embeddings.embedding import Embedding, Word
 from sdformats.embeddings.layout import ONE, EmbeddingLayout, sets
 from sdformats.embeddings.layouts import kohya
-from sdformats.embeddings.layouts._shared import OWN_TEXTS, header, texts, vectors_only
+from sdformats.embeddings.layouts._shared import OWN_TEXTS, header, vectors_only
 
 if TYPE_CHECKING:
     from sdformats.kind import Looks
@@ -30,7 +30,7 @@ def read(source: TensorSource) -> Embedding:
 def write(embedding: Embedding) -> Written:
     """Write the one word."""
     (word,) = embedding.words
-    plain = texts(embedding)
+    plain = embedding.texts
     coded = {key: json.dumps(plain.get(key), ensure_ascii=False) for key in OWN_TEXTS[2:6]}
     coded["step"] = str(embedding.step or 0)
     own = {"string_to_token": '{"*": 265}', "string_to_param": '{"*": "emb_params"}'}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sdformats.adapters.layout import Written
 from sdformats.embeddings.embedding import Embedding, Word, encoder_of
 from sdformats.embeddings.layout import MIXED, ONE, EmbeddingLayout, sets
-from sdformats.embeddings.layouts._shared import header, texts, vectors, vectors_only
+from sdformats.embeddings.layouts._shared import header, vectors, vectors_only
 from sdformats.errors import CorruptFile
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def write(embedding: Embedding) -> Written:
     tensors = {
         f"bundle_emb.{word.token or '*'}.{name}": ref for word in embedding.words for name, ref in names(word).items()
     }
-    return Written(tensors, texts(embedding))
+    return Written(tensors, embedding.texts)
 
 
 LAYOUT = EmbeddingLayout(

@@ -9,7 +9,7 @@ from sdformats.adapters.layout import Written
 from sdformats.embeddings.embedding import Embedding, Word
 from sdformats.embeddings.layout import ONE, EmbeddingLayout, sets
 from sdformats.embeddings.layouts import diffusers_pair, pivotal
-from sdformats.embeddings.layouts._shared import header, one, only, texts, vectors_only
+from sdformats.embeddings.layouts._shared import header, one, only, vectors_only
 from sdformats.torch_pickle import TensorNamed
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def write(embedding: Embedding) -> Written:
         token, ref = word.token or "*", only(word)
         plain = alone and re.search(_PLAIN, token) and ref.shape[1] in _WIDTHS
         tensors[token if plain or re.search(_BRACKETED, token) else f"<{token}>"] = ref
-    return Written(tensors, texts(embedding), tree={name: TensorNamed(name) for name in tensors})
+    return Written(tensors, embedding.texts, tree={name: TensorNamed(name) for name in tensors})
 
 
 LAYOUT = EmbeddingLayout(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sdformats.adapters.layout import Written
 from sdformats.embeddings.embedding import Embedding, Word
 from sdformats.embeddings.layout import EmbeddingLayout, sets
-from sdformats.embeddings.layouts._shared import header, texts, vectors, vectors_only
+from sdformats.embeddings.layouts._shared import header, vectors, vectors_only
 from sdformats.errors import CorruptFile
 from sdformats.folder import LEARNED
 
@@ -55,7 +55,7 @@ def write(embedding: Embedding) -> Written:
         for name, encoder in zip(LEARNED, ("clip_l", "clip_g"), strict=True)
         for word in embedding.words
     }
-    return Written(tensors, texts(embedding))
+    return Written(tensors, embedding.texts)
 
 
 LAYOUT = EmbeddingLayout(

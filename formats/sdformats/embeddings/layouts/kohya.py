@@ -8,7 +8,7 @@ from sdformats.adapters.layout import Written
 from sdformats.embeddings.embedding import Embedding, Word, encoder_of
 from sdformats.embeddings.layout import MIXED, ONE, EmbeddingLayout
 from sdformats.embeddings.layouts import ai_toolkit
-from sdformats.embeddings.layouts._shared import header, one, texts, vectors, vectors_only
+from sdformats.embeddings.layouts._shared import header, one, vectors, vectors_only
 from sdformats.errors import CorruptFile
 from sdformats.torch_pickle import TensorNamed
 
@@ -63,7 +63,7 @@ def tensors(word: Word, lone: str = LONE) -> dict[str, Ref]:
 def write(embedding: Embedding) -> Written:
     """Write the one word."""
     (word,) = embedding.words
-    found, said = tensors(word), texts(embedding)
+    found, said = tensors(word), embedding.texts
     # In a pickle A1111 suffers nothing beside a lone tensor; beside several there may be texts.
     tree: dict[str, Tree] = {name: TensorNamed(name) for name in found}
     if len(found) > 1:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sdformats.adapters.layout import Written
 from sdformats.embeddings.embedding import Embedding, Word, encoder_of
 from sdformats.embeddings.layout import MIXED, ONE, EmbeddingLayout
-from sdformats.embeddings.layouts._shared import header, texts, vectors, vectors_only
+from sdformats.embeddings.layouts._shared import header, vectors, vectors_only
 
 if TYPE_CHECKING:
     from sdformats.tensor import TensorSource
@@ -35,7 +35,7 @@ def write(embedding: Embedding) -> Written:
     alone = word.encoders in ONE and all(encoder_of(ref.shape[1]) in word.encoders for ref in refs)
     tensors = {_LONE if alone else encoder: ref for encoder, ref in word.vectors.items()}
     tensors |= {(_LONE if alone else encoder) + _OUT: ref for encoder, ref in word.outputs.items()}
-    return Written(tensors, texts(embedding))
+    return Written(tensors, embedding.texts)
 
 
 LAYOUT = EmbeddingLayout(

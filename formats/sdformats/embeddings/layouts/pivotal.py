@@ -8,7 +8,7 @@ from sdformats.adapters.errors import CannotHold
 from sdformats.adapters.layout import Written
 from sdformats.embeddings.embedding import Embedding, Word
 from sdformats.embeddings.layout import ONE, EmbeddingLayout
-from sdformats.embeddings.layouts._shared import header, one, only, texts, vectors_only
+from sdformats.embeddings.layouts._shared import header, one, only, vectors_only
 from sdformats.views import reshaped
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def write(embedding: Embedding) -> Written:
                 advice="choose another with --to",
             )
         tensors[token] = reshaped(ref, ref.shape[1:])
-    return Written(tensors, texts(embedding) | dict.fromkeys(tensors, MARK))
+    return Written(tensors, embedding.texts | dict.fromkeys(tensors, MARK))
 
 
 LAYOUT = EmbeddingLayout(
