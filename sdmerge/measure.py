@@ -7,6 +7,7 @@ Both files are read once, block by block, into reused buffers. Borders are fixed
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,9 @@ def compare(pairs: Sequence[Pair], threads: int | None, progress: Callable[[int]
         FormatError: a file cannot be read.
     """
     parts: list[list[Measures]] = [[] for _ in pairs]
-    in_threads(_blocks(pairs), lambda: _Worker(parts).do, threads=threads, name="sdmerge-diff", progress=progress)
+    in_threads(
+        _blocks(pairs), lambda: nullcontext(_Worker(parts).do), threads=threads, name="sdmerge-diff", progress=progress
+    )
     return [Measures.of(found) for found in parts]
 
 

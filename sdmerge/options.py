@@ -58,8 +58,8 @@ class Options:
 
     Attributes:
         dtype: element type of the output's floating tensors; one of `OUTPUT_TYPES`.
-        device: where to compute: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. Merges that only stream are bound by reading
-            and writing, so ``auto`` means the CPU for them.
+        device: where to compute: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. ``auto`` takes a GPU where more than half of the
+            bytes need whole tensors; merges that only stream are bound by reading and writing, and stay on the CPU.
         threads: how many threads read, compute and write; None takes the processor's cores, 8 at most.
         overwrite: whether an existing output may be replaced.
         dry_run: plan everything, write nothing.

@@ -55,8 +55,25 @@ def run(outputs: Sequence[Output], options: Options, progress: Callable[[int], N
         FormatError: an input cannot be read, or the output not written.
     """
     job = Job(outputs, options)
+    if job.device.type == "cuda":
+        from sdmerge import gpu
+
+        in_threads(
+            gpu.batches(job.groups),
+            lambda: gpu.working(job),
+            threads=options.threads,
+            name="sdmerge",
+            progress=progress,
+        )
+        return job.findings
     blocks = _blocks(job.groups)
-    in_threads(blocks, lambda: worker.Worker(job).do, threads=options.threads, name="sdmerge", progress=progress)
+    in_threads(
+        blocks,
+        lambda: contextlib.nullcontext(worker.Worker(job).do),
+        threads=options.threads,
+        name="sdmerge",
+        progress=progress,
+    )
     return job.findings
 
 

@@ -13,6 +13,7 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 Block = TypeVarTuple("Block")
 """What says which block it is: a worker's arguments."""
@@ -22,7 +23,7 @@ _MOST_THREADS = 8
 
 def in_threads(
     blocks: Iterator[tuple[*Block]],
-    make_worker: Callable[[], Callable[[*Block], int]],
+    make_worker: Callable[[], AbstractContextManager[Callable[[*Block], int]]],
     *,
     threads: int | None,
     name: str,
@@ -32,8 +33,8 @@ def in_threads(
 
     Args:
         blocks: read by one thread at a time.
-        make_worker: called once in each thread, for a function with buffers of its own; that one is called with what
-            `blocks` gives, and returns a number of bytes.
+        make_worker: entered once in each thread, for a function with buffers of its own; that one is called with what
+            `blocks` gives, and returns a number of bytes. It is left when there are no more blocks.
         threads: how many; None takes the processor's cores, 8 at most.
         name: what the threads' names begin with.
         progress: called from this thread with the number of bytes done since the last call.
@@ -68,7 +69,11 @@ def in_threads(
 class _Team(Generic[*Block]):
     """What the threads share."""
 
-    def __init__(self, blocks: Iterator[tuple[*Block]], make_worker: Callable[[], Callable[[*Block], int]]) -> None:
+    def __init__(
+        self,
+        blocks: Iterator[tuple[*Block]],
+        make_worker: Callable[[], AbstractContextManager[Callable[[*Block], int]]],
+    ) -> None:
         self.stop = threading.Event()
         self.error: BaseException | None = None
         self._blocks = blocks
@@ -80,8 +85,7 @@ class _Team(Generic[*Block]):
         """Take blocks until there are none, or until someone fails."""
         try:
             torch.set_num_threads(1)  # the number that MKL goes by is each thread's own
-            with torch.inference_mode():
-                do = self._make_worker()
+            with torch.inference_mode(), self._make_worker() as do:
                 while not self.stop.is_set():
                     with self._lock:
                         block = next(self._blocks, None)

@@ -329,8 +329,14 @@ def whole(read: Read, buffer: Tensor) -> Tensor:
     values = _stored(read, read.key, buffer).reshape(read.spec.shape)
     if read.scale is None:
         return values
-    values = values.float()
-    factor = _stored(read, read.scale, torch.empty(read.source.specs[read.scale].nbytes, dtype=torch.uint8)).float()
+    return scaled(
+        values, _stored(read, read.scale, torch.empty(read.source.specs[read.scale].nbytes, dtype=torch.uint8))
+    )
+
+
+def scaled(values: Tensor, factor: Tensor) -> Tensor:
+    """Return fp8 values times their factor, or one for each row, in float32."""
+    values, factor = values.float(), factor.float()
     return values * (factor if factor.numel() == 1 else factor.reshape(-1, *[1] * (values.dim() - 1)))
 
 

@@ -198,7 +198,7 @@ class Baked:
     @property
     def light(self) -> bool:
         """See `sdmerge.expression.InTiles`."""
-        return all(one.thin or _in_rows(one) for one in self.added)
+        return all(one.thin or in_rows(one) for one in self.added)
 
     def __call__(self, tensors: Sequence[Tensor], _start: int) -> Tensor:
         """Compute the whole tensor."""
@@ -216,11 +216,11 @@ class Baked:
         def get(ref: Ref) -> Tensor:
             return torch.as_tensor(ref.evaluate(lambda one: read[one].to(wide), torch)).to(wide)
 
-        dense = [one for one in self.added if not (one.thin or _in_rows(one))]
+        dense = [one for one in self.added if not (one.thin or in_rows(one))]
         adders = [*_products([one for one in self.added if one.thin], get), *_others(self.added, get)]
         used = weight.to(wide) if any(needs_weight(one.record) for one in dense) else None
         total = _dense(dense, get, used, weight.shape)
-        kronecker = any(isinstance(one.record, LoKr) for one in self.added if _in_rows(one))
+        kronecker = any(isinstance(one.record, LoKr) for one in self.added if in_rows(one))
         return _Sum(tuple(adders), None if total is None else total.reshape(weight.shape[0], -1), kronecker)
 
 
@@ -247,7 +247,7 @@ _Adder = tuple[int, int, "Callable[[Tensor, slice, slice], object]"]
 """First row, the one after the last, and a function that adds some rows (of its own) and columns to a matrix."""
 
 
-def _in_rows(one: Contribution) -> bool:
+def in_rows(one: Contribution) -> bool:
     """Whether a change is no product of two factors, but any of its rows can be made alone."""
     record = one.record
     plain = record.magnitude is None and not one.transposed and not one.bias
@@ -284,7 +284,7 @@ def _others(added: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> list
     """Return what adds rows of Hadamard and Kronecker products, whose whole is never made."""
     found: list[_Adder] = []
     for one in added:
-        if not _in_rows(one):
+        if not in_rows(one):
             continue
         scale = one.record.scale * one.strength
         if isinstance(one.record, LoHa):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -186,7 +187,7 @@ def each(costs: Mapping[str, int], work: Callable[[str], None], options: Options
 
     with shown(options, label, sum(costs.values())) as advance:
         names = ((path,) for path in costs)
-        in_threads(names, lambda: do, threads=options.threads, name="sdmerge", progress=advance)
+        in_threads(names, lambda: nullcontext(do), threads=options.threads, name="sdmerge", progress=advance)
 
 
 def fitting(
