@@ -76,10 +76,57 @@ def clip(width: int, *, layers: int = 3, projected: bool = False) -> Module:
     return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
 
 
+def t5(width: int) -> Module:
+    """Return an encoder of T5."""
+    from transformers import T5Config, T5EncoderModel
+
+    heads = {"num_heads": 2, "d_kv": width // 2, "relative_attention_num_buckets": 4}
+    return T5EncoderModel(
+        T5Config(vocab_size=20, d_model=width, d_ff=24, num_layers=2, feed_forward_proj="gated-gelu", **heads)
+    )
+
+
+def sd3(**config: Any) -> Module:
+    """Return a transformer of SD3."""
+    from diffusers import SD3Transformer2DModel
+
+    size = {
+        "sample_size": 8,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "pos_embed_max_size": 6,
+    }
+    text = {"joint_attention_dim": 32, "caption_projection_dim": 16, "pooled_projection_dim": CONTEXT + WIDE}
+    return SD3Transformer2DModel(**{**size, **text, "in_channels": 16, **config})
+
+
+def flux(**config: Any) -> Module:
+    """Return a transformer of Flux."""
+    from diffusers import FluxTransformer2DModel
+
+    size = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
+    text = {"joint_attention_dim": 32, "pooled_projection_dim": CONTEXT, "axes_dims_rope": (2, 2, 4)}
+    return FluxTransformer2DModel(**{**size, **text, "in_channels": 64, "guidance_embeds": True, **config})
+
+
+def _transformed(family: str) -> dict[str, Module]:
+    wide_vae = vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
+    if family == "flux":
+        return {"transformer": flux(), "vae": wide_vae, "text_encoder": clip(CONTEXT), "text_encoder_2": t5(32)}
+    pooled = clip(CONTEXT, projected=True)
+    torch.nn.init.eye_(pooled.text_projection.weight)  # SD3 takes the first encoder's result as it is
+    dual = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)} if family == "sd3.5" else {}
+    encoders = {"text_encoder": pooled, "text_encoder_2": clip(WIDE, projected=True), "text_encoder_3": t5(32)}
+    return {"transformer": sd3(**dual), "vae": wide_vae, **encoders}
+
+
 @cache
 def components(family: str) -> Mapping[str, Module]:
     """Return the parts of a model, by the folders that they are saved in. Not to be changed."""
     torch.manual_seed(7)
+    if family.startswith(("sd3", "flux")):
+        return _transformed(family)
     found: dict[str, Module] = {"unet": unet(family), "vae": vae()}
     if family in ("sd1", "sd2", "sdxl"):
         found["text_encoder"] = clip(CONTEXT)

@@ -15,7 +15,8 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from sdformats.errors import CorruptFile, FormatError
-from sdformats.views import Ref, Transposed, halves_swapped, joined, reshaped, rows, same
+from sdformats.rearranged import Identity, Repeated, Transposed
+from sdformats.views import Ref, halves_swapped, joined, reshaped, rows, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -83,21 +84,25 @@ class Rule:
         edges = [0, *(unit * total for total in accumulate(self.shares))]
         return [rows(ref, start, stop) for start, stop in pairwise(edges)]
 
-    def join(self, refs: Sequence[Ref], end: str) -> Ref:
+    def join(self, refs: Sequence[Ref], end: str, heights: Sequence[int] = ()) -> Ref:
         """Return the single file's tensor; the inverse of `cut`.
+
+        Args:
+            refs: its parts.
+            end: how their names end in the folder.
+            heights: how many rows of the weight each part has. Factors of whole parts that differ become factors of rows.
 
         Raises:
             CorruptFile: the parts do not fit together.
         """
         if all(_is_factor(ref, end) for ref in refs):
-            if not all(same(refs[0], other) for other in refs[1:]):
-                raise FormatError(
-                    "is one of several factors that differ, and a single file has one for all",
-                    key=str(refs[0]),
-                    advice="choose a type without factors, with --dtype",
-                )
-            return refs[0]
-        self._check(refs)
+            if all(same(refs[0], other) for other in refs[1:]):
+                return refs[0]
+            if len(heights) != len(refs):
+                raise CorruptFile("is a factor without its weight beside it", key=str(refs[0]))
+            refs = [Repeated(ref, height) for ref, height in zip(refs, heights, strict=True)]
+        else:
+            self._check(refs)
         ref = joined(refs)
         if self.swapped:
             ref = halves_swapped(ref)
@@ -197,6 +202,8 @@ class Component:
         table: makes its rules for bare names, in either spelling.
         alone: what its names begin with in a single file of its own.
         dialect: turns older and newer names of the same tensors into those of the table.
+        identity: a tensor that diffusers needs and that a single file has no use for, as it is the identity matrix; and one
+            as long as it is wide. What a single file may hold under its name is not used by programs that read such files.
     """
 
     name: str
@@ -204,6 +211,15 @@ class Component:
     table: Callable[[Iterable[str]], Table]
     alone: str = ""
     dialect: Callable[[str], str] = _unchanged
+    identity: tuple[str, str] | None = None
+
+    def implied(self, tensors: Mapping[str, Ref]) -> dict[str, Ref]:
+        """Return what the folder must hold beside these tensors of it."""
+        if self.identity is None:
+            return {}
+        name, beside = (f"{self.name}.{one}" for one in self.identity)
+        known = tensors.get(beside)
+        return {} if known is None else {name: Identity(known.shape[0], known.spec.dtype)}
 
 
 @dataclass
@@ -214,11 +230,13 @@ class Respelled:
         tensors: by name.
         kept: names of the single file that diffusers has no place for; they are in the folder's extras.
         left: names of the folder that a single file has no place for; they are not in it.
+        in_rows: names of the single file under which factors of several weights have become factors of rows.
     """
 
     tensors: dict[str, Ref] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    in_rows: list[str] = field(default_factory=list)
 
     def put(self, name: str, ref: Ref) -> None:
         """Add a tensor.
@@ -261,6 +279,9 @@ class KeyMap:
             rule, end = found
             for path, piece in zip(rule.parts, rule.cut(ref, end), strict=True):
                 made.put(f"{part.name}.{path}{end}", piece)
+        for part in self.components:
+            for name, ref in part.implied(made.tensors).items():
+                made.put(name, ref)
         return made
 
     def to_single(self, tensors: Mapping[str, Ref], *, alone: str | None = None) -> Respelled:
@@ -276,39 +297,70 @@ class KeyMap:
         made = Respelled()
         places = _places(tensors, [(f"{part.name}.", part) for part in self.components], self._named(alone))
         lookups = _lookups(places)
-        joins: dict[str, tuple[Rule, str, dict[int, Ref]]] = {}
+        today = {f"{part.name}.{bare}": tensors[name] for name, (part, bare) in places.items()}
+        implied = {name: ref for part in self.components for name, ref in part.implied(today).items()}
+        joins: dict[str, _Join] = {}
         for name, ref in tensors.items():
-            part, bare = places.get(name, (None, ""))
-            found = lookups[part.name].folder(bare) if part is not None else None
             if name.startswith(f"{EXTRAS}."):
                 made.put(name.removeprefix(f"{EXTRAS}."), ref)
-            elif part is None or found is None:
+                continue
+            part, bare = places.get(name, (None, ""))
+            if part is None:
                 made.left.append(name)
-            else:
+                continue
+            prefix = part.prefixes[0] if alone is None else part.alone
+            expected, found = implied.get(f"{part.name}.{bare}"), lookups[part.name].folder(bare)
+            if expected is not None and (expected.spec != ref.spec or not same(expected, ref)):
+                made.put(prefix + bare, ref)
+            elif found is not None:
                 module, index, rule, end = found
-                single = (part.prefixes[0] if alone is None else part.alone) + module + end
-                if single not in joins:
-                    made.put(single, ref)  # keeps the place, until all parts are there
-                _, _, pieces = joins.setdefault(single, (rule, "." + bare.rpartition(".")[2], {}))
-                if index in pieces:
-                    raise CorruptFile("is there twice, under an old and a new name", key=str(ref))
-                pieces[index] = ref
-        for single, (rule, end, pieces) in joins.items():
-            made.tensors[single] = _joined(single, rule, end, pieces)
+                join = joins.setdefault(prefix + module + end, _Join(rule, f".{bare.rpartition('.')[2]}"))
+                if not join.pieces:
+                    made.put(prefix + module + end, ref)  # keeps the place, until all parts are there
+                join.add(index, ref)
+            elif expected is None:
+                made.left.append(name)
+        for name, join in joins.items():
+            weight = joins.get(f"{name.rpartition('.')[0]}.weight")
+            made.tensors[name] = join.done(weight)
+            if all(_is_factor(ref, join.end) for ref in join.pieces.values()) and made.tensors[name].spec.numel > 1:
+                made.in_rows.append(name)
         return made
 
     def _named(self, component: str | None) -> Component | None:
         return next((part for part in self.components if part.name == component), None)
 
 
-def _joined(single: str, rule: Rule, end: str, pieces: Mapping[int, Ref]) -> Ref:
-    for index, path in enumerate(rule.parts):
-        if index not in pieces:
-            there = next(iter(pieces.values()))
-            raise CorruptFile(
-                f"has no {path}{end} beside it, which is in one tensor with it in a single file", key=str(there)
-            )
-    return rule.join([pieces[index] for index in range(len(rule.parts))], end)
+@dataclass
+class _Join:
+    """A tensor of a single file that is being put together.
+
+    Attributes:
+        rule: its module's.
+        end: how the names of its parts end.
+        pieces: the parts, by their index.
+    """
+
+    rule: Rule
+    end: str
+    pieces: dict[int, Ref] = field(default_factory=dict)
+
+    def add(self, index: int, ref: Ref) -> None:
+        """Take a part."""
+        if index in self.pieces:
+            raise CorruptFile("is there twice, under an old and a new name", key=str(ref))
+        self.pieces[index] = ref
+
+    def done(self, weight: _Join | None) -> Ref:
+        """Return the tensor; `weight` is that of its module, which has as many parts."""
+        for index, path in enumerate(self.rule.parts):
+            if index not in self.pieces:
+                there = next(iter(self.pieces.values()))
+                lacking = f"{path}{self.end}"
+                raise CorruptFile(f"has no {lacking} beside it, which a single file has in one tensor", key=str(there))
+        beside = sorted(weight.pieces.items()) if weight is not None else []
+        heights = [ref.shape[0] for _, ref in beside if ref.shape]
+        return self.rule.join([ref for _, ref in sorted(self.pieces.items())], self.end, heights)
 
 
 def _places(

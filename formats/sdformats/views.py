@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     Load = Callable[["Stored"], Any]
     """Returns a stored tensor as an array: of bit patterns, or of numbers."""
 
-_PATTERNS = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+PATTERNS = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+"""The types of bit patterns, by their width."""
 _MOST_NUMBERS = 16
 
 
@@ -180,28 +181,6 @@ class Shaped(Ref):
 
 
 @dataclass(frozen=True)
-class Transposed(Ref):
-    """A matrix with rows and columns exchanged."""
-
-    of: Ref
-
-    @property
-    def spec(self) -> Spec:
-        """See `Ref`."""
-        rows, columns = self.of.shape
-        return replace(self.of.spec, shape=(columns, rows))
-
-    @property
-    def parts(self) -> tuple[Ref, ...]:
-        """See `Ref`."""
-        return (self.of,)
-
-    def evaluate(self, load: Load, arrays: Any) -> Any:
-        """See `Ref`."""
-        return self.of.evaluate(load, arrays).T
-
-
-@dataclass(frozen=True)
 class Joined(Ref):
     """Several tensors of one type, one after the other along an axis."""
 
@@ -311,7 +290,7 @@ def bits(ref: Ref) -> np.ndarray[Any, Any]:
 
 
 def _patterns(ref: Stored) -> np.ndarray[Any, Any]:
-    width = _PATTERNS.get(ref.spec.dtype.bits)
+    width = PATTERNS.get(ref.spec.dtype.bits)
     if width is None:
         raise FormatError(f"has the type {ref.spec.dtype}", path=ref.source.path, key=ref.key, expected="whole bytes")
     return np.frombuffer(ref.source.read(ref.key), dtype=width).reshape(ref.shape)
@@ -331,12 +310,12 @@ def halves_swapped(ref: Ref) -> Ref:
 
 def first_rows(ref: Ref, start: int, count: int) -> np.ndarray[Any, Any]:
     """Read `count` rows from `start` on, as bit patterns; of a stored tensor not a byte more."""
-    if not isinstance(ref, Stored) or ref.spec.dtype.bits not in _PATTERNS:
+    if not isinstance(ref, Stored) or ref.spec.dtype.bits not in PATTERNS:
         return np.asarray(bits(ref)[start : start + count])
     row = _row_bytes(ref)
     data = bytearray(row * count)
     ref.source.read_into(ref.key, row * start, memoryview(data))
-    return np.frombuffer(data, dtype=_PATTERNS[ref.spec.dtype.bits]).reshape(count, *ref.shape[1:])
+    return np.frombuffer(data, dtype=PATTERNS[ref.spec.dtype.bits]).reshape(count, *ref.shape[1:])
 
 
 def same(one: Ref, other: Ref) -> bool:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from sdformats.tensor import TensorSource
     from sdformats.views import Ref
 
-FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner")
+UNETS = ("sd1", "sd2", "sdxl", "sdxl-refiner")
+FAMILIES = (*UNETS, "sd3", "sd3.5", "flux")
 TYPES = {torch.float16: DType.F16, torch.float32: DType.F32, torch.int64: DType.I64, torch.float8_e4m3fn: DType.F8_E4M3}
 OPEN_CLIP = "cond_stage_model.model."
 ENCODERS = {
@@ -39,6 +40,11 @@ ENCODERS = {
         "text_encoder_2": "conditioner.embedders.1.model.",
     },
     "sdxl-refiner": {"text_encoder_2": "conditioner.embedders.0.model."},
+    "sd3": {
+        "text_encoder_2": "text_encoders.clip_g.transformer.",
+        "text_encoder_3": "text_encoders.t5xxl.transformer.",
+    },
+    "flux": {"text_encoder": "text_encoders.clip_l.transformer.", "text_encoder_2": "text_encoders.t5xxl.transformer."},
 }
 
 
@@ -87,13 +93,13 @@ def single(family: str) -> TensorSource:
 def test_a_folder_becomes_a_single_file_and_comes_back_bit_for_bit(family: str) -> None:
     made = single(family)
     seen = detect(made.specs)
-    assert (seen.kind, seen.family, seen.spelling) == ("checkpoint", family, SINGLE_FILE)
+    assert (seen.kind, seen.family, seen.spelling) == ("checkpoint", family.removesuffix(".5"), SINGLE_FILE)
     assert made.notes == ()
     again = spelled(Named(loaded(made)), DIFFUSERS)
     assert same(loaded(again), tiny.tensors(family))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNETS)
 def test_diffusers_own_converter_reads_the_unet(family: str) -> None:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
@@ -105,19 +111,20 @@ def test_diffusers_own_converter_reads_the_unet(family: str) -> None:
     )
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
 def test_diffusers_own_converter_reads_the_vae(family: str) -> None:
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     network = tiny.components(family)["vae"]
     given = loaded(single(family))
-    assert given["first_stage_model.encoder.mid.attn_1.q.weight"].shape[2:] == (1, 1)
+    prefix = "vae." if family == "flux" else "first_stage_model."
+    assert given[f"{prefix}encoder.mid.attn_1.q.weight"].shape[2:] == (1, 1)
     assert same(
         convert_ldm_vae_checkpoint(given, dict(network.config)), {k: v.half() for k, v in network.state_dict().items()}
     )
 
 
-@pytest.mark.parametrize(("family", "place"), [(family, place) for family in FAMILIES for place in ENCODERS[family]])
+@pytest.mark.parametrize(("family", "place"), [(family, place) for family in ENCODERS for place in ENCODERS[family]])
 def test_diffusers_own_converters_read_the_text_encoders(family: str, place: str) -> None:
     from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
 
@@ -134,6 +141,96 @@ def test_diffusers_own_converters_read_the_text_encoders(family: str, place: str
         assert any(name.startswith(f"{prefix}transformer.resblocks.0.attn.in_proj_") for name in given)
         found = convert_open_clip_checkpoint(tiny.components(family)[place], given, prefix)
     assert same(found, expected)
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd3.5"])
+def test_diffusers_own_converter_reads_sd3_s_transformer(family: str) -> None:
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    made = convert_sd3_transformer_checkpoint_to_diffusers(inside(loaded(single(family)), "model.diffusion_model."))
+    assert same(made, inside(tiny.tensors(family), "transformer."))
+
+
+def test_diffusers_own_converter_reads_flux_s_transformer() -> None:
+    """It has the number of rows written in, but not that of columns."""
+    from diffusers import FluxTransformer2DModel
+    from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+
+    with torch.device("meta"):
+        shapes = FluxTransformer2DModel(num_layers=1, num_single_layers=2, guidance_embeds=True).state_dict()
+    given = {
+        f"transformer.{name}": torch.randn(*value.shape[:1], *([1] if value.dim() == 2 else []))
+        for name, value in shapes.items()
+    }
+    made = convert_flux_transformer_checkpoint_to_diffusers(loaded(spelled(Named(given), SINGLE_FILE)))
+    assert same(made, inside(given, "transformer."))
+
+
+def test_only_the_last_context_norm_of_sd3_is_swapped() -> None:
+    ours, theirs = tiny.tensors("sd3"), loaded(single("sd3"))
+    for block, rows in enumerate((96, 32)):
+        mine = ours[f"transformer.transformer_blocks.{block}.norm1_context.linear.bias"]
+        found = theirs[f"model.diffusion_model.joint_blocks.{block}.context_block.adaLN_modulation.1.bias"]
+        assert mine.shape == (rows,)
+        assert torch.equal(found, mine if rows == 96 else torch.cat([mine[16:], mine[:16]]))
+
+
+def test_the_first_encoder_of_sd3_is_not_projected_in_a_single_file() -> None:
+    name = "text_encoders.clip_l.transformer.text_projection.weight"
+    assert name not in single("sd3").specs
+    given = loaded(single("sd3")) | {name: torch.randn(12, 12).half()}
+    folder = loaded(spelled(Named(given), DIFFUSERS))
+    assert torch.equal(folder["text_encoder.text_projection.weight"], torch.eye(12).half())
+    assert torch.equal(folder[f"{EXTRAS}.{name}"], given[name])
+    assert same(loaded(spelled(Named(folder), SINGLE_FILE)), given)
+
+
+def test_a_projection_that_does_something_is_not_dropped() -> None:
+    given = tiny.tensors("sd3")
+    given["text_encoder.text_projection.weight"] = torch.randn(12, 12).half()
+    made = loaded(spelled(Named(given), SINGLE_FILE))
+    name = "text_encoders.clip_l.transformer.text_projection.weight"
+    assert torch.equal(made[name], given["text_encoder.text_projection.weight"])
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_t5_s_words_may_have_two_names(*, both: bool) -> None:
+    given = {name: value for name, value in tiny.tensors("sd3").items() if both or "embed_tokens" not in name}
+    made = spelled(Named(given), SINGLE_FILE)
+    assert ("text_encoders.t5xxl.transformer.encoder.embed_tokens.weight" in made.specs) == both
+    assert same(loaded(spelled(Named(loaded(made)), DIFFUSERS)), given)
+
+
+def fp8_of(tensors: dict[str, Tensor], prefix: str, factors: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return tensors with the weights of a network in fp8, factors beside them as ``factors`` says by their names' ends."""
+    found = dict(tensors)
+    for name, value in tensors.items():
+        if name.startswith(prefix) and name.endswith(".weight") and value.dim() == 2:
+            module = name.removesuffix(".weight")
+            found[name] = value.to(torch.float8_e4m3fn)
+            factor = next((one for end, one in factors.items() if module.endswith(end)), 0.5)
+            found[f"{module}.scale_weight"] = torch.tensor(factor)
+            found[f"{module}.scale_input"] = torch.tensor([1.0])
+    return found
+
+
+def test_factors_of_fp8_weights_travel_with_them() -> None:
+    given = fp8_of(loaded(single("flux")), "model.diffusion_model.", {"img_attn.qkv": 0.25})
+    given["model.diffusion_model.scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn).zero_()
+    folder = loaded(spelled(Named(given), DIFFUSERS))
+    block = "transformer.transformer_blocks.0.attn.to_"
+    assert [folder[f"{block}{x}.scale_weight"].item() for x in ("q", "k", "v", "out.0")] == [0.25, 0.25, 0.25, 0.5]
+    assert folder["transformer.norm_out.linear.weight"].dtype == torch.float8_e4m3fn
+    assert same(loaded(spelled(Named(folder), SINGLE_FILE)), given)
+
+
+def test_factors_that_differ_become_factors_of_rows() -> None:
+    given = fp8_of(tiny.tensors("flux"), "transformer.", {"to_q": 0.25, "to_k": 0.5, "to_v": 0.75, "proj_mlp": 2.0})
+    made = loaded(spelled(Named(given), SINGLE_FILE))
+    factors = made["model.diffusion_model.single_blocks.1.linear1.scale_weight"]
+    assert torch.equal(factors, torch.tensor([0.25] * 16 + [0.5] * 16 + [0.75] * 16 + [2.0] * 64))
+    again = loaded(spelled(Named(made), DIFFUSERS))
+    assert torch.equal(again["transformer.single_transformer_blocks.1.attn.to_k.scale_weight"], torch.full((16,), 0.5))
 
 
 def original_sd2() -> dict[str, Tensor]:
@@ -203,7 +300,7 @@ def test_old_names_of_the_vae_s_attention_are_read() -> None:
 
 
 def test_the_upsampler_s_place_follows_the_attention() -> None:
-    names = {family: set(single(family).specs) for family in FAMILIES}
+    names = {family: set(single(family).specs) for family in UNETS}
     place = "model.diffusion_model.output_blocks.2.{}.conv.weight"
     for family, there in names.items():
         behind = 2 if family == "sdxl" else 1
@@ -313,16 +410,14 @@ def test_two_names_of_one_tensor_are_refused() -> None:
         spelled(Named(given), SINGLE_FILE)
 
 
-@pytest.mark.parametrize(("factors", "fits"), [((0.5, 0.5), True), ((0.5, 0.25), False)])
-def test_factors_of_joined_weights_must_be_equal(factors: tuple[float, float], fits: bool) -> None:
+def test_factors_of_joined_weights_are_one_where_they_are_equal() -> None:
     rule = Rule(("q", "k"), (1, 1))
-    refs = [ref(np.array(factor, dtype=np.float32)) for factor in factors]
-    if fits:
-        assert array(rule.join(refs, ".scale_weight")) == 0.5
-        assert rule.cut(refs[0], ".scale_weight") == [refs[0], refs[0]]
-        return
-    with pytest.raises(FormatError, match="factors that differ"):
-        rule.join(refs, ".scale_weight")
+    half, same_half, other = (ref(np.array(factor, dtype=np.float32)) for factor in (0.5, 0.5, 0.25))
+    assert array(rule.join([half, same_half], ".scale_weight")) == 0.5
+    assert rule.cut(half, ".scale_weight") == [half, half]
+    assert array(rule.join([half, other], ".scale_weight", [1, 2])).tolist() == [0.5, 0.25, 0.25]
+    with pytest.raises(CorruptFile, match="is a factor without its weight"):
+        rule.join([half, other], ".scale_weight")
 
 
 def test_blocks_are_counted_by_whole_numbers() -> None:

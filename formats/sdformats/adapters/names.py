@@ -9,14 +9,16 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from sdformats.keymap import Rule, one
 from sdformats.layouts import clip as clips
+from sdformats.layouts import flux as fluxes
+from sdformats.layouts import sd3 as sd3s
+from sdformats.layouts import t5 as t5s
 from sdformats.layouts import unet as unets
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from sdformats.keymap import Table
+    from sdformats.keymap import Rule
 
 _UNET_DEPTH, _UNET_LEVELS = 10, 4
 _CLIP_LAYERS, _T5_LAYERS = 32, 24
@@ -68,45 +70,13 @@ def clip() -> tuple[str, ...]:
 @cache
 def t5() -> tuple[str, ...]:
     """Return the modules of T5's encoder, as transformers names them."""
-    found = ["shared", "encoder.embed_tokens"]
-    for n in range(_T5_LAYERS):
-        block = f"encoder.block.{n}.layer."
-        found += [f"{block}0.SelfAttention.{name}" for name in ("q", "k", "v", "o", "relative_attention_bias")]
-        found += [f"{block}0.layer_norm", f"{block}1.layer_norm"]
-        found += [f"{block}1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")]
-    return (*found, "encoder.final_layer_norm")
-
-
-def _embedder(ours: str, theirs: str, inner: tuple[str, str] = ("in_layer", "out_layer")) -> Table:
-    return {f"{theirs}.{inner[n]}": one(f"{ours}.linear_{n + 1}") for n in range(2)}
+    return t5s.modules(_T5_LAYERS)
 
 
 @cache
 def flux() -> Mapping[str, Rule]:
     """Return Flux's modules: ours, as diffusers names them, by those of its makers."""
-    found: Table = {"img_in": one("x_embedder"), "txt_in": one("context_embedder")}
-    for ours, theirs in (("timestep", "time"), ("text", "vector"), ("guidance", "guidance")):
-        found |= _embedder(f"time_text_embed.{ours}_embedder", f"{theirs}_in")
-    for n in range(_FLUX_DOUBLE):
-        ours, theirs = f"transformer_blocks.{n}.", f"double_blocks.{n}."
-        found[f"{theirs}img_attn.qkv"] = Rule(tuple(f"{ours}attn.to_{x}" for x in "qkv"), (1, 1, 1))
-        found[f"{theirs}txt_attn.qkv"] = Rule(tuple(f"{ours}attn.add_{x}_proj" for x in "qkv"), (1, 1, 1))
-        pairs = {"img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out"}
-        pairs |= {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear"}
-        pairs |= {"img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2"}
-        pairs |= {"txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2"}
-        pairs |= {"img_attn.norm.query_norm": "attn.norm_q", "img_attn.norm.key_norm": "attn.norm_k"}
-        pairs |= {"txt_attn.norm.query_norm": "attn.norm_added_q", "txt_attn.norm.key_norm": "attn.norm_added_k"}
-        found |= {theirs + name: one(ours + mine) for name, mine in pairs.items()}
-    for n in range(_FLUX_SINGLE):
-        ours, theirs = f"single_transformer_blocks.{n}.", f"single_blocks.{n}."
-        fused = (*(f"{ours}attn.to_{x}" for x in "qkv"), f"{ours}proj_mlp")
-        found[f"{theirs}linear1"] = Rule(fused, (1, 1, 1, 4))
-        pairs = {"linear2": "proj_out", "modulation.lin": "norm.linear"}
-        pairs |= {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
-        found |= {theirs + name: one(ours + mine) for name, mine in pairs.items()}
-    found["final_layer.adaLN_modulation.1"] = Rule(("norm_out.linear",), (1,), swapped=True)
-    return found | {"final_layer.linear": one("proj_out")}
+    return fluxes.modules(double=_FLUX_DOUBLE, single=_FLUX_SINGLE)
 
 
 @cache
@@ -116,28 +86,7 @@ def sd3() -> Mapping[str, Rule]:
     The last block's context norm is of the kind whose halves are swapped; how many blocks there are differs, so its entry is
     told by its rows (see `fused.is_swapped`).
     """
-    found: Table = {"x_embedder.proj": one("pos_embed.proj"), "context_embedder": one("context_embedder")}
-    found |= _embedder("time_text_embed.timestep_embedder", "t_embedder", ("mlp.0", "mlp.2"))
-    found |= _embedder("time_text_embed.text_embedder", "y_embedder", ("mlp.0", "mlp.2"))
-    for n in range(_SD3_DEPTH):
-        ours, x, context = f"transformer_blocks.{n}.", f"joint_blocks.{n}.x_block.", f"joint_blocks.{n}.context_block."
-        found[f"{x}attn.qkv"] = Rule(tuple(f"{ours}attn.to_{c}" for c in "qkv"), (1, 1, 1))
-        found[f"{x}attn2.qkv"] = Rule(tuple(f"{ours}attn2.to_{c}" for c in "qkv"), (1, 1, 1))
-        found[f"{context}attn.qkv"] = Rule(tuple(f"{ours}attn.add_{c}_proj" for c in "qkv"), (1, 1, 1))
-        found |= {f"{x}attn.proj": one(f"{ours}attn.to_out.0"), f"{x}attn2.proj": one(f"{ours}attn2.to_out.0")}
-        found[f"{context}attn.proj"] = one(f"{ours}attn.to_add_out")
-        for theirs, mine in ((x, "ff"), (context, "ff_context")):
-            found |= {
-                f"{theirs}mlp.fc1": one(f"{ours}{mine}.net.0.proj"),
-                f"{theirs}mlp.fc2": one(f"{ours}{mine}.net.2"),
-            }
-        for theirs, mine in ((f"{x}attn.ln_", "attn.norm_"), (f"{x}attn2.ln_", "attn2.norm_")):
-            found |= {f"{theirs}{c}": one(f"{ours}{mine}{c}") for c in "qk"}
-        found |= {f"{context}attn.ln_{c}": one(f"{ours}attn.norm_added_{c}") for c in "qk"}
-        found[f"{x}adaLN_modulation.1"] = one(f"{ours}norm1.linear")
-        found[f"{context}adaLN_modulation.1"] = Rule((f"{ours}norm1_context.linear",), swapped_alone=True)
-    found["final_layer.adaLN_modulation.1"] = Rule(("norm_out.linear",), (1,), swapped=True)
-    return found | {"final_layer.linear": one("proj_out")}
+    return sd3s.modules(depth=_SD3_DEPTH, ends=False)
 
 
 @cache

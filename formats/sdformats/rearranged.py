@@ -1,0 +1,87 @@
+"""Views that whole models need beside those of `views`: what is transposed, repeated, or only implied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdformats.tensor import DType, Spec
+from sdformats.views import PATTERNS, Ref
+
+if TYPE_CHECKING:
+    from sdformats.views import Load
+
+_ONE = {
+    DType.F8_E4M3: 0x38,
+    DType.F8_E5M2: 0x3C,
+    DType.F16: 0x3C00,
+    DType.BF16: 0x3F80,
+    DType.F32: 0x3F800000,
+    DType.F64: 0x3FF0000000000000,
+}
+"""The bit pattern of 1."""
+
+
+@dataclass(frozen=True)
+class Transposed(Ref):
+    """A matrix with rows and columns exchanged."""
+
+    of: Ref
+
+    @property
+    def spec(self) -> Spec:
+        """See `Ref`."""
+        rows, columns = self.of.shape
+        return replace(self.of.spec, shape=(columns, rows))
+
+    @property
+    def parts(self) -> tuple[Ref, ...]:
+        """See `Ref`."""
+        return (self.of,)
+
+    def evaluate(self, load: Load, arrays: Any) -> Any:
+        """See `Ref`."""
+        return self.of.evaluate(load, arrays).T
+
+
+@dataclass(frozen=True)
+class Identity(Ref):
+    """The matrix that changes nothing, (size, size)."""
+
+    size: int
+    dtype: DType
+
+    @property
+    def spec(self) -> Spec:
+        """See `Ref`."""
+        return Spec((self.size, self.size), self.dtype)
+
+    def evaluate(self, load: Load, arrays: Any) -> Any:
+        """See `Ref`."""
+        if arrays is not np:
+            return arrays.eye(self.size)
+        return np.eye(self.size, dtype=PATTERNS[self.dtype.bits]) * PATTERNS[self.dtype.bits](_ONE[self.dtype])
+
+
+@dataclass(frozen=True)
+class Repeated(Ref):
+    """A tensor of one number, as a vector of that number."""
+
+    of: Ref
+    size: int
+
+    @property
+    def spec(self) -> Spec:
+        """See `Ref`."""
+        return replace(self.of.spec, shape=(self.size,))
+
+    @property
+    def parts(self) -> tuple[Ref, ...]:
+        """See `Ref`."""
+        return (self.of,)
+
+    def evaluate(self, load: Load, arrays: Any) -> Any:
+        """See `Ref`."""
+        return self.of.evaluate(load, arrays).reshape(1).repeat(self.size)
