@@ -100,8 +100,9 @@ def extract_lora(
     Raises:
         See `convert`.
     """
-    from sdmerge.lora.budget import Limit, parse_size
+    from sdmerge.lora.budget import Limit
     from sdmerge.lora.extract import Extraction, extract
+    from sdmerge.sizes import parse_size
 
     bounded = any(one is not None for one in (rank, size, energy, error))
     first = _limit(rank if bounded else 64, size, energy, error)
@@ -218,6 +219,7 @@ def merge_lora(
 
 
 def _limit(rank: int | None, size: int | str | None, energy: float | None, error: float | None) -> Limit:
-    from sdmerge.lora.budget import Limit, parse_size
+    from sdmerge.lora.budget import Limit
+    from sdmerge.sizes import parse_size
 
     return Limit(rank=rank, size=None if size is None else parse_size(size), energy=energy, error=error)

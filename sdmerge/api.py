@@ -10,13 +10,14 @@ from sdmerge.errors import RequestError
 from sdmerge.execute import Report, execute
 from sdmerge.options import OptionFields, Options
 from sdmerge.recipe import LABELS, Input, Merge, Model, Recipe
+from sdmerge.sizes import parse_size
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
     from sdmerge.blocks import Weights
-    from sdmerge.options import Form
+    from sdmerge.options import Form, Only, Prediction
 
     PathLike = str | os.PathLike[str]
 
@@ -188,23 +189,31 @@ def convert(
     token: str | None = None,
     for_family: str | None = None,
     preview: PathLike | None = None,
+    only: Only | None = None,
+    shard_size: str | int | None = None,
+    prediction: Prediction | None = None,
+    tokenizer: PathLike | None = None,
     **options: Unpack[OptionFields],
 ) -> Report:
-    """Write a model's tensors, under their names, as safetensors; an adapter or an embedding in another layout.
+    """Write a model as a single file or as a diffusers folder; an adapter, an embedding, a small file in another layout.
 
     Args:
         source: what to read.
-        output: where to write: a file, or for PEFT a folder. Of an embedding the ending decides about the container:
-            ``.safetensors``, ``.pt``, ``.bin``, ``.png``; none for diffusers' two files in a folder.
-        to: a layout, as ``sdmerge layouts`` lists them; None keeps every name, and of an embedding means the usual layout
-            for the output's ending.
+        output: where to write: a file whose name tells its container, or a folder. Of an embedding: ``.safetensors``,
+            ``.pt``, ``.bin``, ``.png``; no ending for diffusers' two files in a folder.
+        to: ``single-file`` or ``diffusers`` for models; a layout, as ``sdmerge layouts`` lists them, for others. None keeps
+            every name, and of an embedding means the usual layout for the output's ending.
         form: turn every record of an adapter into ``lora`` or ``full`` differences.
         allow_loss: leave out what the layout cannot hold, and note it, instead of refusing.
         adapter_config: PEFT's ``adapter_config.json``, where it is not beside the file.
-        base: the model that the adapter is for, where a change depends on its weights or shapes.
+        base: the model that an adapter is for, where a change depends on its weights or shapes.
         token: what an embedding's word is called; None: as it was, or after the file.
         for_family: refuse an embedding that is for another family.
         preview: the picture that an embedding in a PNG is put beside; None: one of its vectors is painted.
+        only: write one part of a model: its network, its text encoders, or its VAE.
+        shard_size: bytes in a file of a diffusers folder, at most: a number, or as ``5GB``.
+        prediction: what a model predicts, where nothing in it tells: for the folder's scheduler.
+        tokenizer: a folder with tokenizers, to copy into the diffusers folder.
         options: see `Options`.
 
     Raises:
@@ -222,6 +231,10 @@ def convert(
         token=token,
         for_family=for_family,
         preview=None if preview is None else Path(preview),
+        only=only,
+        shard_size=None if shard_size is None else parse_size(shard_size),
+        prediction=prediction,
+        tokenizer=None if tokenizer is None else Path(tokenizer),
     )
     return convert_file(Path(source), Path(output), conversion, Options(**options))
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from sdmerge.checkpoints import convert_model
 from sdmerge.embedding.convert import convert_embedding
 from sdmerge.embedding.write import Wanted
 from sdmerge.errors import RequestError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
     from sdmerge.execute import Report
-    from sdmerge.options import Form, Options
+    from sdmerge.options import Form, Only, Options, Prediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,10 @@ class Conversion:
         token: what the word of an embedding is to be called.
         for_family: what an embedding must be for.
         preview: the picture that an embedding in a PNG is put beside; None: one of its vectors.
+        only: the part of a model to write: ``unet`` (or transformer), ``te`` (all text encoders) or ``vae``.
+        shard_size: bytes of tensors in a file of a folder, at most.
+        prediction: ``epsilon`` or ``v_prediction``, for a folder's scheduler, where nothing in the file tells.
+        tokenizer: a folder from which tokenizers are copied.
     """
 
     to: str | None = None
@@ -47,6 +52,10 @@ class Conversion:
     token: str | None = None
     for_family: str | None = None
     preview: Path | None = None
+    only: Only | None = None
+    shard_size: int | None = None
+    prediction: Prediction | None = None
+    tokenizer: Path | None = None
 
     @property
     def given(self) -> frozenset[str]:
@@ -97,7 +106,9 @@ def convert(source: Path, target: Path, conversion: Conversion, options: Options
         check_decided(seen, source)
         converter = _converter(seen, conversion)
         for name in sorted(conversion.given - converter.takes):
-            raise RequestError(f"{source}: is {seen.kind}, and --{_OPTIONS.get(name, name)} is not for such files")
+            raise RequestError(
+                f"{source}: is {seen.kind}, and --{_OPTIONS.get(name, name).replace('_', '-')} is not for such files"
+            )
         return converter.turn(Given(opened, seen, started), target, conversion, options)
 
 
@@ -133,9 +144,11 @@ def _embedding(given: Given, target: Path, conversion: Conversion, options: Opti
     return convert_embedding(given.source, target, wanted, options, given.started)
 
 
-_OPTIONS = {"form": "as", "allow_loss": "allow-loss", "adapter_config": "adapter-config", "for_family": "for"}
+_OPTIONS = {"form": "as", "for_family": "for"}
 _PLAIN = Converter(_copied, frozenset())
+_OF_MODELS = frozenset({"to", "only", "shard_size", "prediction", "tokenizer", "allow_loss"})
 CONVERTERS: Mapping[str, Converter] = {
+    **dict.fromkeys(("checkpoint", "unet", "vae", "text-encoder"), Converter(convert_model, _OF_MODELS)),
     "adapter": Converter(_adapter, frozenset({"to", "form", "allow_loss", "adapter_config", "base"})),
     "embedding": Converter(_embedding, frozenset({"to", "token", "for_family", "preview", "allow_loss"})),
     **dict.fromkeys(FORMATS, Converter(_small, frozenset({"to"}))),

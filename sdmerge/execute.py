@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sdformats.errors import OutputExists
 from sdformats.files import create_sink, open_source
 from sdformats.layout import detect
+from sdformats.torch_sink import SUFFIXES as TORCH_SUFFIXES
 from sdmerge import hashing, provenance
 from sdmerge.errors import MismatchError, RequestError
 from sdmerge.plan import plan_copy, plan_merge
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
     Opened = tuple[TensorSource, Detection]
     MakeSink = Callable[[Path, Mapping[str, Spec], Mapping[str, str]], TensorSink]
+
+FILE_ENDINGS = (".safetensors", *TORCH_SUFFIXES)
+"""How files of models may be called that are written."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def execute(recipes: Sequence[Recipe], targets: Sequence[Path], options: Options
     with ExitStack() as stack:
         plans, labels = planned(stack, recipes, options)
         for plan, target in zip(plans, targets, strict=True):
-            _check_output(target, plan, options)
+            check_output(target, plan, options)
         if options.dry_run:
             return [report_of(plan, target, started) for plan, target in zip(plans, targets, strict=True)]
         inputs = provenance.describe_inputs(plans[0].sources, labels, options)
@@ -121,7 +125,7 @@ def copy_model(source: TensorSource, seen: Detection, target: Path, options: Opt
     """
     with no_collection():
         plan = plan_copy(source, seen, options)
-    _check_output(target, plan, options)
+    check_output(target, plan, options, () if source.container == "folder" else FILE_ENDINGS)
     if options.dry_run:
         return report_of(plan, target, started)
     metadata = provenance.convert_metadata(source)
@@ -187,15 +191,26 @@ def open_adapter_of(stack: ExitStack, path: Path) -> tuple[TensorSource, Adapter
     return source, open_adapter(source)[0]
 
 
-def _check_output(target: Path, plan: Plan, options: Options) -> None:
-    """Refuse early what the sink would refuse late, and an output that is also an input."""
-    folder = plan.sources[0].container == "folder"
+def check_output(target: Path, plan: Plan, options: Options, endings: tuple[str, ...] | None = None) -> None:
+    """Refuse early what the sink would refuse late, and an output that is also an input.
+
+    Args:
+        target: where to write.
+        plan: what.
+        options: whether something may be replaced.
+        endings: how the name of a file may end; empty: the output is a folder. None: as the first input is.
+
+    Raises:
+        RequestError: the name is not one for what is written.
+        OutputExists: there is something of that name.
+    """
     if plan.small is not None:
         from sdmerge.writing import check_target
 
         check_target(target, plan.small)
-    elif not folder and target.suffix != ".safetensors":
-        raise RequestError(f"{target}: outputs are safetensors files (expected a name that ends in .safetensors)")
+    else:
+        folder = plan.sources[0].container == "folder"
+        _check_ending(target, (() if folder else (".safetensors",)) if endings is None else endings)
     try:
         there = target.stat()
     except OSError:
@@ -211,6 +226,14 @@ def _check_output(target: Path, plan: Plan, options: Options) -> None:
                     advice="choose another name, or --overwrite to replace it when done",
                 )
     raise OutputExists("exists already", path=target, advice="pass --overwrite, or choose another name")
+
+
+def _check_ending(target: Path, endings: tuple[str, ...]) -> None:
+    suffix = target.suffix.lower()
+    if endings and suffix not in endings:
+        raise RequestError(f"{target}: is no name for this output (expected one that ends in {' or '.join(endings)})")
+    if not endings and suffix in FILE_ENDINGS:
+        raise RequestError(f"{target}: the output is a folder (expected a name without {suffix})")
 
 
 def shown(options: Options, label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:

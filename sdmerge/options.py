@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Missing = Literal["keep", "drop", "error"]
 Ema = Literal["keep", "drop", "use"]
 Overflow = Literal["refuse", "saturate", "inf"]
+Only = Literal["unet", "te", "vae"]
+Prediction = Literal["epsilon", "v_prediction"]
 Form = Literal["lora", "full"]
 """What every algorithm of an adapter can be turned into."""
 

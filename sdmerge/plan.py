@@ -119,18 +119,20 @@ def _baking(
     return found
 
 
-def plan_copy(source: TensorSource, seen: Detection, options: Options) -> Plan:
-    """Decide about every tensor of a conversion: all are kept under their names.
+def plan_copy(source: TensorSource, seen: Detection, options: Options, notes: policy.Notes | None = None) -> Plan:
+    """Decide about every tensor of a conversion: all are kept under their names. `notes` are those to add to.
 
     Factors of fp8 weights stay beside them as they are, unless another type is asked for: then they are multiplied in.
     """
-    notes = policy.Notes()
+    notes = notes or policy.Notes()
+    label = source.path.name
+    tensors: Mapping[str, Read]
     if options.output_type is None:
-        tensors: Mapping[str, Read] = {name: Read(source, name) for name in source.specs}
-        if options.ema != "keep":
-            tensors = policy.view("A", source, seen, options, notes).tensors
+        tensors = {
+            name: Read(source, key) for name, key in policy.averaged(label, source.specs, options, notes).items()
+        }
     else:
-        tensors = policy.view("A", source, seen, options, notes).tensors
+        tensors = policy.view(label, source, seen, options, notes).tensors
     steps = {name: policy.copy_step(name, read, options, notes) for name, read in tensors.items()}
     return _finish(steps, (source,), notes, seen, options)
 

@@ -91,28 +91,30 @@ def view(label: str, source: TensorSource, detection: Detection, options: Option
     ``model_ema.*`` under ``ema="use"`` takes the place of the plain weights; fp8 weights with a ``scale_weight`` are to be
     multiplied with it, and the factors are no tensors of the model any more.
     """
-    specs = source.specs
-    tensors: dict[str, Read] = {}
-    averaged = 0
+    tensors = {name: Read(source, key) for name, key in averaged(label, source.specs, options, notes).items()}
+    return View(label, source, detection, _scaled(label, tensors, notes))
+
+
+def averaged(label: str, specs: Mapping[str, Spec], options: Options, notes: Notes) -> dict[str, str]:
+    """Settle what becomes of a moving average: return the stored tensor by the name that it stands for."""
+    found: dict[str, str] = {}
+    used = 0
     for name in specs:
         if name.startswith(EMA):
             if options.ema == "keep":
-                tensors[name] = Read(source, name)
+                found[name] = name
             continue
-        key = name
-        if options.ema == "use" and (average := EMA + name.removeprefix("model.").replace(".", "")) in specs:
-            key = average
-            averaged += 1
-        tensors[name] = Read(source, key)
+        average = EMA + name.removeprefix("model.").replace(".", "")
+        taken = options.ema == "use" and average in specs
+        found[name] = average if taken else name
+        used += taken
     if options.ema == "use":
         notes.add(
-            f"{label}: {averaged} tensors taken from its moving average"
-            if averaged
-            else f"{label}: has no moving average"
+            f"{label}: {used} tensors taken from its moving average" if used else f"{label}: has no moving average"
         )
     elif options.ema == "drop" and any(name.startswith(EMA) for name in specs):
         notes.add(f"{label}: its moving average (model_ema.*) is left out")
-    return View(label, source, detection, _scaled(label, tensors, notes))
+    return found
 
 
 def _scaled(label: str, tensors: dict[str, Read], notes: Notes) -> dict[str, Read]:

@@ -12,6 +12,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import sdmerge
+from sdformats.configs import known
 from sdmerge import hashing, recipe_file
 from sdmerge.options import RECIPE_OPTIONS
 from sdmerge.recipe import Merge
@@ -38,6 +39,8 @@ ARCHITECTURES = {
     "flux": "flux-1-dev",
 }
 _RESOLUTIONS = {"sd1": 512, "sd2": 512, "sdxl": 1024, "sdxl-refiner": 1024, "sd3": 1024, "flux": 1024}
+OF_OLD_BYTES = (*hashing.SD_SCRIPTS, "modelspec.hash_sha256")
+"""Texts that are hashes of a file's bytes, and wrong once these change."""
 _A1111_NAMES = {"add_difference": "Add difference", "weighted_sum": "Weighted sum"}
 
 
@@ -108,6 +111,17 @@ def merge_metadata(
 def convert_metadata(source: TensorSource) -> dict[str, str]:
     """Return the metadata of a conversion: what the file carried, and the format's own mark."""
     return {**source.metadata, "format": "pt"}
+
+
+def respelled_metadata(source: TensorSource) -> dict[str, str]:
+    """Return the metadata of a conversion that changes names: without hashes of the old bytes.
+
+    A recipe is kept as what the model was before: it would not give these tensors again.
+    """
+    found = convert_metadata(source)
+    before = {key: found.pop(key) for key in ("sdmerge.recipe", "sdmerge.inputs", "sdmerge.made_with") if key in found}
+    found = {key: text for key, text in found.items() if key not in (*OF_OLD_BYTES, known.KEY)}
+    return found | ({"sdmerge.before": _json(before)} if before else {})
 
 
 def _json(value: Any) -> str:

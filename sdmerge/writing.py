@@ -17,6 +17,7 @@ from sdmerge import hashing
 from sdmerge.errors import RequestError
 from sdmerge.execute import report_of, write_plans
 from sdmerge.lora.refs import step_of
+from sdmerge.provenance import OF_OLD_BYTES
 from sdmerge.step import Plan, ordered
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 PNG = ".png"
 _IN_FOLDER = ".safetensors/"
-_OF_OLD_BYTES = (*hashing.SD_SCRIPTS, "modelspec.hash_sha256")
 
 
 def plan_of(written: Written, sources: tuple[TensorSource, ...], family: str | None, notes: Notes) -> Plan:
@@ -45,7 +45,7 @@ def plan_of(written: Written, sources: tuple[TensorSource, ...], family: str | N
 
 def metadata_of(written: Written) -> dict[str, str]:
     """Return the output's metadata, with room for sd-scripts' hashes where it is a file with sd-scripts' texts."""
-    texts = {key: value for key, value in written.metadata.items() if key not in _OF_OLD_BYTES} | {"format": "pt"}
+    texts = {key: value for key, value in written.metadata.items() if key not in OF_OLD_BYTES} | {"format": "pt"}
     return texts | hashing.SD_SCRIPTS if "ss_network_module" in texts and not written.texts else texts
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdformats.errors import CorruptFile, FormatError, UnknownFormat
+from sdformats.keymap import EXTRAS, EXTRAS_FILE
 from sdformats.tensor import TensorSource
 
 if TYPE_CHECKING:
@@ -162,6 +163,8 @@ def _open_components(path: Path, chosen: Mapping[str, _Choice], opener: Opener, 
     try:
         for component, choice in chosen.items():
             parts.append((f"{component}.", opener(choice.weights)))
+        if (path / EXTRAS_FILE).is_file():
+            parts.append((f"{EXTRAS}.", opener(path / EXTRAS_FILE)))
             notes += choice.note(f"{component}: ")
     except BaseException:
         for _, source in parts:
@@ -206,7 +209,7 @@ def _choose(folder: Path, *, of_pipeline: bool = False) -> _Choice | None:
     Raises:
         CorruptFile: there are shards and no index that names them, and nothing else to read.
     """
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith((".", EXTRAS))]
     indices = [p for p in files if _IS_INDEX.search(p.name)]
     shards = {shard for index in indices for shard in _shards_named(index)}
     plain = [p for p in files if p.suffix in _WEIGHTS and p.name not in shards]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdformats.errors import OutputExists, WriteError
+from sdformats.keymap import EXTRAS, EXTRAS_FILE
 from sdformats.output import SUFFIX, check_room, stem, sync_folder, temporary_name
 from sdformats.safetensors import SafetensorsSink
 from sdformats.tensor import TensorSink
@@ -28,9 +29,12 @@ if sys.platform != "win32":
     import fcntl
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from sdformats.tensor import Spec
+
+    Place = Callable[[str], tuple[str, str]]
+    """Returns a tensor's file inside a folder, and its name there."""
 
 INDEX = "model_index.json"
 _SIDE_FILES = {".json", ".txt", ".model", ".yaml"}
@@ -52,7 +56,8 @@ class FolderSink(TensorSink):
         metadata: texts for the header of each file.
         template: the folder from which configs, tokenizers and the like are taken; None: from none.
         place: returns a tensor's file inside the folder, and its name there.
-        texts: other files: what is in them, by their name inside the folder.
+        copies: other files to copy, by their name inside the folder.
+        texts: other files: what is in them, by their name inside the folder. They take the place of copied ones.
         overwrite: whether an existing folder of the same kind may be replaced. No other folder ever is.
 
     Raises:
@@ -66,16 +71,17 @@ class FolderSink(TensorSink):
         metadata: Mapping[str, str],
         template: Path | None,
         *,
-        place: Callable[[str], tuple[str, str]] | None = None,
+        place: Place | None = None,
+        copies: Mapping[str, Path] | None = None,
         texts: Mapping[str, str] | None = None,
         overwrite: bool = False,
     ) -> None:
         self.path = path
         self.target = Path(os.path.realpath(path))
         self._overwrite = overwrite
-        self._template = template
+        self._copies = {**(side_files(template) if template is not None else {}), **(copies or {})}
         self._texts = dict(texts or {})
-        self._place = place or _component_place
+        self._place = place or component_place
         self._sinks: dict[str, SafetensorsSink] = {}
         self._work: Path | None = None
         self._lock: int | None = None
@@ -127,8 +133,8 @@ class FolderSink(TensorSink):
         self._unlock()
 
     def _write_side_files(self, work: Path) -> None:
-        for source in _side_files(self._template) if self._template is not None else ():
-            place = work / source.relative_to(self._template or source)
+        for name, source in self._copies.items():
+            place = work / name
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, place)
             _sync_file(place)
@@ -161,10 +167,11 @@ class FolderSink(TensorSink):
             return
         if not self._overwrite:
             raise OutputExists("exists already", path=self.path, advice="pass --overwrite, or choose another name")
-        marks = list(self._texts) or [INDEX]
+        pipeline = INDEX in self._texts or not self._texts
+        marks = [INDEX] if pipeline else list(self._texts)
         alike = self.target.is_dir() and all((self.target / mark).is_file() for mark in marks)
         if not alike and not (self.target.is_dir() and not any(self.target.iterdir())):
-            what = "no folder of this kind" if self._texts else "no diffusers folder"
+            what = "no diffusers folder" if pipeline else "no folder of this kind"
             raise OutputExists(f"is {what} and is not replaced", path=self.path, advice="choose another name")
 
     def _publish(self, work: Path) -> None:
@@ -230,10 +237,20 @@ def _lock(folder: Path) -> int | None:
     return fd
 
 
-def _component_place(name: str) -> tuple[str, str]:
+def component_place(name: str) -> tuple[str, str]:
+    """Return the file inside a diffusers folder that a tensor belongs into, and its name there.
+
+    Args:
+        name: the tensor's, ``component.key``.
+
+    Raises:
+        WriteError: it names no component.
+    """
     component, dot, key = name.partition(".")
     if not dot or not _COMPONENT.fullmatch(component):
         raise WriteError("names no component of a diffusers folder", key=name, expected="component.key")
+    if component == EXTRAS:
+        return EXTRAS_FILE, key
     return f"{component}/{_weights_name(component)}", key
 
 
@@ -242,14 +259,17 @@ def _weights_name(component: str) -> str:
     return "model.safetensors" if transformers else "diffusion_pytorch_model.safetensors"
 
 
-def _side_files(template: Path) -> Iterator[Path]:
-    """Yield the small files that make a folder of weights a pipeline: configs, vocabularies, schedules."""
-    for path in sorted(template.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(template).parts)
+def side_files(folder: Path) -> dict[str, Path]:
+    """Return the small files that make a folder of weights a pipeline (configs, vocabularies, schedules), by their names."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
         if hidden or path.suffix not in _SIDE_FILES or path.name.endswith(".index.json") or not path.is_file():
             continue
         if path.stat().st_size <= _MAX_SIDE_FILE:
-            yield path
+            found[name.as_posix()] = path
+    return found
 
 
 def _sync_file(path: Path) -> None:

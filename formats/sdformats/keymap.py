@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 EXTRAS = "sdmerge_extras"
 """The component of a folder that keeps what diffusers has no place for, under the names of the single file."""
+EXTRAS_FILE = f"{EXTRAS}.safetensors"
+"""It lies beside the folder's index, where diffusers does not look."""
 _MOST_DIGITS = 4
 _MOST_BLOCKS = 200
 

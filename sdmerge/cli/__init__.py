@@ -34,7 +34,7 @@ COMMANDS = {
     "hash": ("sdmerge.cli.hash:hash_command", "Print the hashes by which model files are known."),
     "convert": (
         "sdmerge.cli.convert:convert",
-        "Write a model as safetensors, names kept; an adapter or an embedding in another layout.",
+        "Write a model as one file or as a diffusers folder; adapters, embeddings, small files in other layouts.",
     ),
     "extract-lora": ("sdmerge.cli.extract:extract_lora", "Extract a LoRA of what a model changed over another."),
     "resize-lora": ("sdmerge.cli.lowrank:resize_lora", "Give an adapter smaller ranks, with the least error."),

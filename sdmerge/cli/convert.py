@@ -7,13 +7,23 @@ from typing import Any, get_args
 import click
 
 from sdmerge.cli import options
-from sdmerge.options import Form
+from sdmerge.options import Form, Only, Prediction
+
+_CHOSEN = (
+    *("to", "allow_loss", "adapter_config", "base"),
+    *("token", "for_family", "preview"),
+    *("only", "shard_size", "prediction", "tokenizer"),
+)
 
 
 @click.command("convert")
 @click.argument("source", metavar="IN", type=click.Path())
 @click.argument("output", metavar="OUT", type=click.Path())
-@click.option("--to", metavar="LAYOUT", help="The layout to write; `sdmerge layouts` lists them.")
+@click.option(
+    "--to",
+    metavar="LAYOUT",
+    help="For models: single-file or diffusers. For others: the layout to write; `sdmerge layouts` lists them.",
+)
 @click.option(
     "--as",
     "wanted",
@@ -42,12 +52,26 @@ from sdmerge.options import Form
     metavar="PICTURE",
     help="The picture that an embedding in a PNG is put beside. Default: one of its vectors.",
 )
+@click.option(
+    "--only", type=click.Choice(get_args(Only)), help="For models: write one part (unet is a transformer, too)."
+)
+@click.option("--shard-size", metavar="SIZE", help="For diffusers folders: bytes in a file, at most, as 5GB.")
+@click.option(
+    "--prediction",
+    type=click.Choice(get_args(Prediction)),
+    help="For diffusers folders: what the model predicts, where nothing in it tells.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(),
+    metavar="DIR",
+    help="For diffusers folders: take tokenizers from here, a diffusers folder or a tokenizer's own.",
+)
 @options.output_options  # fmt: skip
 def convert(source: str, output: str, wanted: str | None, as_json: bool, **given: Any) -> None:
-    """Write a model as safetensors, names kept; an adapter or an embedding in another layout."""
+    """Write a model as one file or as a diffusers folder; adapters, embeddings, small files in other layouts."""
     from sdmerge import api
 
-    names = ("to", "allow_loss", "adapter_config", "base", "token", "for_family", "preview")
-    chosen = {name: given.pop(name) for name in names}
+    chosen = {name: given.pop(name) for name in _CHOSEN}
     chosen["form" if wanted in get_args(Form) else "kind"] = wanted
     options.show([api.convert(source, output, **chosen, **options.api_options(given))], as_json=as_json)
