@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from sdmerge.api import Report as Report
     from sdmerge.api import add_difference as add_difference
     from sdmerge.api import convert as convert
+    from sdmerge.api import join as join
     from sdmerge.api import merge as merge
     from sdmerge.api import run_recipe as run_recipe
+    from sdmerge.api import split as split
     from sdmerge.api import sweep as sweep
     from sdmerge.api import weighted_sum as weighted_sum
     from sdmerge.blocks import Weights as Weights
@@ -46,10 +48,12 @@ _HOMES = {
     "bake": "sdmerge.adapters",
     "convert": "sdmerge.api",
     "extract_lora": "sdmerge.adapters",
+    "join": "sdmerge.api",
     "merge": "sdmerge.api",
     "merge_lora": "sdmerge.adapters",
     "resize_lora": "sdmerge.adapters",
     "run_recipe": "sdmerge.api",
+    "split": "sdmerge.api",
     "sweep": "sdmerge.api",
     "weighted_sum": "sdmerge.api",
     "Weights": "sdmerge.blocks",

@@ -25,8 +25,10 @@ __all__ = [
     "Report",
     "add_difference",
     "convert",
+    "join",
     "merge",
     "run_recipe",
+    "split",
     "sweep",
     "weighted_sum",
 ]
@@ -237,6 +239,56 @@ def convert(
         tokenizer=None if tokenizer is None else Path(tokenizer),
     )
     return convert_file(Path(source), Path(output), conversion, Options(**options))
+
+
+def split(source: PathLike, folder: PathLike, **options: Unpack[OptionFields]) -> list[Report]:
+    """Write each component of a model into a file of its own: ``unet.safetensors``, ``vae.safetensors``, and so on.
+
+    Args:
+        source: a model, in either spelling.
+        folder: where to write; made if it is missing.
+        options: see `Options`.
+
+    Raises:
+        as `add_difference`.
+    """
+    from sdmerge.parts import split as split_model
+
+    return split_model(Path(source), Path(folder), Options(**options))
+
+
+def join(
+    parts: Sequence[PathLike],
+    output: PathLike,
+    *,
+    to: str | None = None,
+    shard_size: str | int | None = None,
+    prediction: Prediction | None = None,
+    tokenizer: PathLike | None = None,
+    **options: Unpack[OptionFields],
+) -> Report:
+    """Put a model together from models and components; a later part takes the place of what is there.
+
+    Args:
+        parts: paths; ``component=path`` takes nothing but this component of a file, or says which text encoder it is.
+        output: a file, or a diffusers folder.
+        to: ``single-file`` or ``diffusers``; None: as the output's name ends.
+        shard_size, prediction, tokenizer: as in `convert`.
+        options: see `Options`.
+
+    Raises:
+        as `add_difference`.
+    """
+    from sdmerge.conversion import Conversion
+    from sdmerge.parts import join as join_parts
+
+    conversion = Conversion(
+        to=to,
+        shard_size=None if shard_size is None else parse_size(shard_size),
+        prediction=prediction,
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+    )
+    return join_parts([str(part) for part in parts], Path(output), conversion, Options(**options))
 
 
 def combinations(over: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

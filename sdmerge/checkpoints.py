@@ -20,14 +20,14 @@ from sdmerge.errors import FamilyError, RequestError, nearest
 from sdmerge.execute import FILE_ENDINGS, check_output, no_collection, report_of, write_plans
 from sdmerge.plan import plan_copy
 from sdmerge.prediction import marked, schedule_of
-from sdmerge.provenance import convert_metadata, respelled_metadata
+from sdmerge.provenance import convert_metadata, respelled_metadata, said_once
 from sdmerge.respelling import turned
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from sdformats.configs import Written
+    from sdformats.configs import Config, Written
     from sdformats.tensor import Spec, TensorSink, TensorSource
     from sdformats.views import Ref
     from sdmerge.conversion import Conversion, Given
@@ -92,9 +92,11 @@ def convert_model(given: Given, target: Path, conversion: Conversion, options: O
     with no_collection():
         keys = policy.averaged(source.path.name, source.specs, options, notes)
         tensors: dict[str, Ref] = {name: Stored(source, key) for name, key in keys.items()}
-        tensors = turned(tensors, source, seen, conversion, options, notes)
+        made = turned(tensors, source, seen, conversion, options, notes)
+        tensors = made.tensors
         if conversion.to == DIFFUSERS or (conversion.to is None and source.container == "folder"):
             output = _folder(given, tensors, conversion, options, notes)
+            output.metadata |= said_once(made.twins)
         else:
             tensors, output = _file(given, tensors, conversion)
         plan = plan_copy(Renamed(tensors, (source,)), seen, replace(options, ema="keep"), notes)
@@ -118,12 +120,22 @@ def _file(given: Given, tensors: dict[str, Ref], conversion: Conversion) -> tupl
             raise RequestError(f"--{name.replace('_', '-')} is for folders, and the output is one file")
     if conversion.to is None:
         return tensors, Output(folder=False, metadata=convert_metadata(source))
-    output = Output(folder=False, metadata=respelled_metadata(source))
+    configs = configs_of(source)
+    output = Output(folder=False, metadata=respelled_metadata(source) | known.as_metadata(configs))
     if source.container == "folder":
-        configs = known.of_folder(source.path, components_of(source.specs))
-        output.metadata |= known.as_metadata(configs)
         tensors = marked(tensors, seen.family or "", configs.get("scheduler", {}))
     return tensors, output
+
+
+def configs_of(source: TensorSource) -> dict[str, Config]:
+    """Return the configs that a model came with, as files or in its metadata.
+
+    Raises:
+        CorruptFile: a config in a folder cannot be read.
+    """
+    if source.container == "folder":
+        return known.of_folder(source.path, components_of(source.specs))
+    return known.of_metadata(source.metadata)
 
 
 def _folder(given: Given, tensors: Mapping[str, Ref], conversion: Conversion, options: Options, notes: Notes) -> Output:
@@ -147,7 +159,7 @@ def _folder(given: Given, tensors: Mapping[str, Ref], conversion: Conversion, op
     if family is None:
         raise FamilyError(f"{source.path}: nothing tells its family, which its config depends on; give --family")
     whole = "vae" in parts and bool({"unet", "transformer"} & parts)
-    configs = known.of_metadata(source.metadata)
+    configs = configs_of(source)
     schedule = Schedule()
     if whole:
         scheduler = configs.get("scheduler", {})

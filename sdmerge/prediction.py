@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sdformats.configs import EPSILON, Schedule, V
+from sdformats.keymap import EXTRAS
 from sdformats.tensor import DType
 from sdformats.views import Constant
 from sdmerge.errors import RequestError
@@ -44,7 +45,8 @@ def schedule_of(seen: Detection, source: TensorSource, scheduler: Config, asked:
         if asked is not None:
             raise RequestError(f"{source.path}: {seen.family} models predict a flow, and --prediction is not for them")
         return Schedule()
-    told = asked or (V if V_MARKER in source.specs else scheduler.get("prediction_type")) or _told(source.metadata)
+    there = {marker for marker in MARKERS if marker in source.specs or f"{EXTRAS}.{marker}" in source.specs}
+    told = asked or (V if V_MARKER in there else scheduler.get("prediction_type")) or _told(source.metadata)
     if told is None and seen.family == "sd2":
         if seen.variant == "base":
             raise RequestError(
@@ -52,7 +54,7 @@ def schedule_of(seen: Detection, source: TensorSource, scheduler: Config, asked:
                 "this one tells; say --prediction epsilon or --prediction v_prediction"
             )
         told = EPSILON  # inpainting and depth were only trained so
-    return Schedule(told if isinstance(told, str) else None, ZERO_SNR_MARKER in source.specs)
+    return Schedule(told if isinstance(told, str) else None, ZERO_SNR_MARKER in there)
 
 
 def _told(metadata: Mapping[str, str]) -> str | None:

@@ -41,6 +41,7 @@ ARCHITECTURES = {
 _RESOLUTIONS = {"sd1": 512, "sd2": 512, "sdxl": 1024, "sdxl-refiner": 1024, "sd3": 1024, "flux": 1024}
 OF_OLD_BYTES = (*hashing.SD_SCRIPTS, "modelspec.hash_sha256")
 """Texts that are hashes of a file's bytes, and wrong once these change."""
+_ONCE = "sdmerge.once"
 _A1111_NAMES = {"add_difference": "Add difference", "weighted_sum": "Weighted sum"}
 
 
@@ -120,8 +121,19 @@ def respelled_metadata(source: TensorSource) -> dict[str, str]:
     """
     found = convert_metadata(source)
     before = {key: found.pop(key) for key in ("sdmerge.recipe", "sdmerge.inputs", "sdmerge.made_with") if key in found}
-    found = {key: text for key, text in found.items() if key not in (*OF_OLD_BYTES, known.KEY)}
+    found = {key: text for key, text in found.items() if key not in (*OF_OLD_BYTES, known.KEY, _ONCE)}
     return found | ({"sdmerge.before": _json(before)} if before else {})
+
+
+def said_once(names: Sequence[str]) -> dict[str, str]:
+    """Return the metadata of a folder whose single file did not hold some tensors twice, as others do."""
+    return {_ONCE: _json(sorted(names))} if names else {}
+
+
+def once_in(metadata: Mapping[str, str]) -> list[str]:
+    """Return the names that `said_once` put into a folder's metadata."""
+    found = _parsed(metadata.get(_ONCE))
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
 def _json(value: Any) -> str:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sdformats.errors import FormatError
-from sdformats.keymap import EXTRAS, EXTRAS_FILE
+from sdformats.keymap import EXTRAS, EXTRAS_FILE, Respelled
 from sdformats.layout import DIFFUSERS
 from sdformats.renamed import key_map, respelled
 from sdmerge.errors import RequestError
 from sdmerge.policy import listing
 from sdmerge.prediction import MARKERS
+from sdmerge.provenance import once_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from sdformats.keymap import Component, KeyMap, Respelled
+    from sdformats.keymap import Component, KeyMap
     from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
     from sdformats.views import Ref
@@ -35,7 +36,7 @@ def turned(
     conversion: Conversion,
     options: Options,
     notes: Notes,
-) -> dict[str, Ref]:
+) -> Respelled:
     """Return a model's tensors as a conversion asks for them.
 
     Args:
@@ -53,40 +54,52 @@ def turned(
     path, to = source.path, conversion.to or seen.spelling
     into_folder = conversion.to == DIFFUSERS and source.container != "folder"
     if conversion.only is None and to == seen.spelling and not into_folder:
-        return dict(tensors)
+        return Respelled(dict(tensors))
     try:
         known = key_map(seen)
         alone = known.components[0].name if seen.kind != "checkpoint" else None
-        folder = _as_folder(tensors, seen, alone, notes)
+        folder = as_folder(tensors, seen, alone, notes)
         if conversion.only is not None:
             wanted = _wanted(known, conversion.only, seen)
-            folder = _of_components(folder, wanted, path)
-            alone = wanted[0].name if len(wanted) == 1 and conversion.only != "te" else None
+            folder.tensors = _of_components(folder.tensors, wanted, path)
+            alone = wanted[0].name if conversion.only != "te" else None
         if to == DIFFUSERS:
             return folder
-        made = known.to_single(folder, alone=alone)
+        made = known.to_single(folder.tensors, alone=alone)
     except FormatError as error:
         error.path = error.path or path
         raise
     _check_left(made, path, conversion, notes)
+    for name in set(made.twins) & {*once_in(source.metadata), *folder.twins}:
+        del made.tensors[name]
     if made.in_rows and options.output_type is None:
         raise RequestError(
             f"{path}: fp8 weights that are one tensor in a single file have factors that differ "
             f"({listing(made.in_rows)}); choose a type without factors, with --dtype"
         )
-    return made.tensors
+    return made
 
 
-def _as_folder(tensors: Mapping[str, Ref], seen: Detection, alone: str | None, notes: Notes) -> dict[str, Ref]:
-    """Return tensors under the names of a folder: ``component.key``."""
+def as_folder(tensors: Mapping[str, Ref], seen: Detection, alone: str | None, notes: Notes) -> Respelled:
+    """Return tensors under the names of a folder, ``component.key``.
+
+    Args:
+        tensors: by name.
+        seen: what they are.
+        alone: the component that bare names belong to.
+        notes: takes what is kept aside.
+
+    Raises:
+        FormatError: there is no other spelling of it, or it is not what its names say.
+    """
     if seen.spelling != DIFFUSERS:
         made = respelled(tensors, seen, DIFFUSERS)
         for name in made.kept:
             notes.add(f"diffusers has no place for it, kept in {EXTRAS_FILE}", name)
-        return made.tensors
+        return made
     if alone is None or any(name.startswith(f"{alone}.") for name in tensors):
-        return dict(tensors)
-    return {f"{alone}.{name}": ref for name, ref in tensors.items()}
+        return Respelled(dict(tensors))
+    return Respelled({f"{alone}.{name}": ref for name, ref in tensors.items()})
 
 
 def _wanted(known: KeyMap, only: str, seen: Detection) -> list[Component]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +11,21 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Tensor
     from torch.nn import Module
 
 CONTEXT, WIDE = 12, 16
+PIPELINES = {
+    "sd1": "StableDiffusionPipeline",
+    "sd2": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "sd3.5": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+}
 _CROSS, _PLAIN = "CrossAttn", ""
 _LEVELS = {
     "sd1": (_CROSS, _CROSS, _CROSS, _PLAIN),
@@ -143,3 +155,38 @@ def tensors(family: str) -> dict[str, Tensor]:
             bare = component == "text_encoder" and not key.startswith("text_")
             found[f"{component}.{'text_model.' if bare else ''}{key}"] = value.half()
     return found
+
+
+def save_folder(folder: Path, family: str) -> Path:
+    """Write a model as diffusers and transformers do, in half precision, with configs and an index; no tokenizers."""
+    import diffusers
+
+    classes: dict[str, Any] = {}
+    for name, module in components(family).items():
+        half = copy.deepcopy(module).half()
+        half.save_pretrained(folder / name)
+        classes[name] = [type(module).__module__.partition(".")[0], type(module).__name__]
+    scheduler = scheduler_of(family)
+    scheduler.save_pretrained(folder / "scheduler")
+    classes["scheduler"] = ["diffusers", type(scheduler).__name__]
+    for name in [name for name in classes if name.startswith("text_encoder")]:
+        kind = "T5TokenizerFast" if classes[name][1] == "T5EncoderModel" else "CLIPTokenizer"
+        classes[name.replace("text_encoder", "tokenizer")] = ["transformers", kind]
+    index = {"_class_name": PIPELINES[family], "_diffusers_version": diffusers.__version__, **classes}
+    if family in ("sd1", "sd2"):
+        index["requires_safety_checker"] = False
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def scheduler_of(family: str) -> Any:
+    """Return a scheduler as the family's models have it."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    if family.startswith(("sd3", "flux")):
+        return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if family.startswith("sdxl"):
+        return EulerDiscreteScheduler(**betas, steps_offset=1)
+    prediction = "v_prediction" if family == "sd2" else "epsilon"
+    return DDIMScheduler(**betas, steps_offset=1, clip_sample=False, prediction_type=prediction)

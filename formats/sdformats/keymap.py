@@ -9,157 +9,23 @@ A table is looked up by whole names: ``input_blocks.1`` is never taken for the b
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
-from sdformats.errors import CorruptFile, FormatError
-from sdformats.rearranged import Identity, Repeated, Transposed
-from sdformats.views import Ref, halves_swapped, joined, reshaped, rows, same
+from sdformats.errors import CorruptFile
+from sdformats.rearranged import Identity
+from sdformats.rule import PLAIN, Rule, Table, is_factor
+from sdformats.views import same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from sdformats.views import Ref
 
 EXTRAS = "sdmerge_extras"
 """The component of a folder that keeps what diffusers has no place for, under the names of the single file."""
 EXTRAS_FILE = f"{EXTRAS}.safetensors"
 """It lies beside the folder's index, where diffusers does not look."""
-_MOST_DIGITS = 4
-_MOST_BLOCKS = 200
-
-Ends = tuple[tuple[str, str], ...]
-PLAIN: Ends = ((".", "."),)
-"""Every end of a tensor's name is the same in both spellings."""
-NAKED: Ends = (("", ".weight"),)
-"""The single file has a tensor where the folder has a module with a weight."""
-NAKED_IN_BOTH: Ends = (("", ""),)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A module of the single file, and the modules of the folder that are its rows.
-
-    Attributes:
-        parts: the folder's modules, in the order of the rows; mostly one.
-        shares: how many rows each has, as multiples of each other.
-        swapped: whether the two halves of the rows are the other way round (shift and scale).
-        swapped_alone: whether they are where there are two, for as many columns each, and not six; for those who do not know
-            which block is the last.
-        transposed: whether the single file's weight is (in, out).
-        pixel: whether the single file's weight is a convolution of one pixel, and the folder's a matrix.
-        ends: how names end in the single file and in the folder.
-    """
-
-    parts: tuple[str, ...]
-    shares: tuple[int, ...] = (1,)
-    swapped: bool = False
-    swapped_alone: bool = False
-    transposed: bool = False
-    pixel: bool = False
-    ends: Ends = PLAIN
-
-    def cut(self, ref: Ref, end: str) -> list[Ref]:
-        """Return what each part is of the single file's tensor.
-
-        Args:
-            ref: the tensor.
-            end: how its name ends in the folder: ``.weight``, ``.bias``, ``.scale_weight``.
-
-        Raises:
-            CorruptFile: its rows do not divide.
-        """
-        if _is_factor(ref, end):
-            return [ref] * len(self.parts)
-        if self.transposed and len(ref.shape) == 2:
-            ref = Transposed(ref)
-        if self.pixel and end == ".weight" and ref.shape[2:] == (1, 1):
-            ref = reshaped(ref, ref.shape[:2])
-        if self.swapped:
-            ref = halves_swapped(ref)
-        if len(self.parts) == 1:
-            return [ref]
-        unit, left = divmod(ref.shape[0], sum(self.shares))
-        if left:
-            shares = ":".join(map(str, self.shares))
-            raise CorruptFile(f"has {ref.shape[0]} rows, which are no parts of {shares}", key=str(ref))
-        edges = [0, *(unit * total for total in accumulate(self.shares))]
-        return [rows(ref, start, stop) for start, stop in pairwise(edges)]
-
-    def join(self, refs: Sequence[Ref], end: str, heights: Sequence[int] = ()) -> Ref:
-        """Return the single file's tensor; the inverse of `cut`.
-
-        Args:
-            refs: its parts.
-            end: how their names end in the folder.
-            heights: how many rows of the weight each part has. Factors of whole parts that differ become factors of rows.
-
-        Raises:
-            CorruptFile: the parts do not fit together.
-        """
-        if all(_is_factor(ref, end) for ref in refs):
-            if all(same(refs[0], other) for other in refs[1:]):
-                return refs[0]
-            if len(heights) != len(refs):
-                raise CorruptFile("is a factor without its weight beside it", key=str(refs[0]))
-            refs = [Repeated(ref, height) for ref, height in zip(refs, heights, strict=True)]
-        else:
-            self._check(refs)
-        ref = joined(refs)
-        if self.swapped:
-            ref = halves_swapped(ref)
-        if self.pixel and end == ".weight" and len(ref.shape) == 2:
-            ref = reshaped(ref, (*ref.shape, 1, 1))
-        return Transposed(ref) if self.transposed and len(ref.shape) == 2 else ref
-
-    def _check(self, refs: Sequence[Ref]) -> None:
-        first = refs[0].spec
-        for ref, share in zip(refs, self.shares, strict=True):
-            wanted = (first.shape[0] * share // self.shares[0], *first.shape[1:])
-            if (ref.shape, ref.spec.dtype) != (wanted, first.dtype):
-                expected = f"{first.dtype} {list(wanted)}, to be one tensor with {refs[0]}"
-                raise CorruptFile(f"is {ref.spec}", key=str(ref), expected=expected)
-
-
-def _is_factor(ref: Ref, end: str) -> bool:
-    """Whether a tensor is one number for a whole weight, as fp8 weights have beside them."""
-    return ref.spec.numel == 1 and end not in (".weight", ".bias")
-
-
-Table = dict[str, Rule]
-"""Rules by the single file's module."""
-
-
-def one(path: str) -> Rule:
-    """Return the rule of a module that is one of the folder's."""
-    return Rule((path,))
-
-
-def as_they_are(modules: Iterable[str]) -> Table:
-    """Return the table of modules that have one name in both spellings."""
-    return {module: one(module) for module in modules}
-
-
-def count(names: Iterable[str], pattern: str) -> int:
-    """Return one more than the largest number that the pattern's first group captures at the beginning of a name; 0 for none.
-
-    Numbers too long to count blocks are passed over: a hostile name may have thousands of digits.
-    """
-    seek = re.compile(pattern)
-    found = (match[match.lastindex or 1] for name in names if (match := seek.match(name)))
-    return max((int(digits) + 1 for digits in found if len(digits) <= _MOST_DIGITS), default=0)
-
-
-def blocks(names: Iterable[str], pattern: str) -> int:
-    """Return `count`, for as many blocks as a table may be made for.
-
-    Raises:
-        FormatError: there are more.
-    """
-    found = count(names, pattern)
-    if found > _MOST_BLOCKS:
-        raise FormatError(f"has {found} blocks of one kind", expected=f"at most {_MOST_BLOCKS}")
-    return found
 
 
 class _Lookup:
@@ -206,6 +72,7 @@ class Component:
         dialect: turns older and newer names of the same tensors into those of the table.
         identity: a tensor that diffusers needs and that a single file has no use for, as it is the identity matrix; and one
             as long as it is wide. What a single file may hold under its name is not used by programs that read such files.
+        twin: a tensor that single files hold beside an equal one, and that one; folders hold only the second.
     """
 
     name: str
@@ -214,6 +81,7 @@ class Component:
     alone: str = ""
     dialect: Callable[[str], str] = _unchanged
     identity: tuple[str, str] | None = None
+    twin: tuple[str, str] | None = None
 
     def implied(self, tensors: Mapping[str, Ref]) -> dict[str, Ref]:
         """Return what the folder must hold beside these tensors of it."""
@@ -233,12 +101,14 @@ class Respelled:
         kept: names of the single file that diffusers has no place for; they are in the folder's extras.
         left: names of the folder that a single file has no place for; they are not in it.
         in_rows: names of the single file under which factors of several weights have become factors of rows.
+        twins: names of the single file that hold an equal tensor again: that were not there, or that have been added.
     """
 
     tensors: dict[str, Ref] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     in_rows: list[str] = field(default_factory=list)
+    twins: list[str] = field(default_factory=list)
 
     def put(self, name: str, ref: Ref) -> None:
         """Add a tensor.
@@ -284,6 +154,7 @@ class KeyMap:
         for part in self.components:
             for name, ref in part.implied(made.tensors).items():
                 made.put(name, ref)
+            _without_twin(made, part)
         return made
 
     def to_single(self, tensors: Mapping[str, Ref], *, alone: str | None = None) -> Respelled:
@@ -325,12 +196,35 @@ class KeyMap:
         for name, join in joins.items():
             weight = joins.get(f"{name.rpartition('.')[0]}.weight")
             made.tensors[name] = join.done(weight)
-            if all(_is_factor(ref, join.end) for ref in join.pieces.values()) and made.tensors[name].spec.numel > 1:
+            if all(is_factor(ref, join.end) for ref in join.pieces.values()) and made.tensors[name].spec.numel > 1:
                 made.in_rows.append(name)
+        for part in self.components:
+            _with_twin(made, part, part.prefixes[0] if alone is None else part.alone)
         return made
 
     def _named(self, component: str | None) -> Component | None:
         return next((part for part in self.components if part.name == component), None)
+
+
+def _without_twin(made: Respelled, part: Component) -> None:
+    """Take a tensor out of a folder that is another one again; say so where a single file had not said it twice."""
+    if part.twin is None:
+        return
+    again, first = (made.tensors.get(f"{part.name}.{one}") for one in part.twin)
+    if first is not None and again is None:
+        made.twins.append(part.prefixes[0] + part.twin[0])
+    elif first is not None and again is not None and same(again, first):
+        del made.tensors[f"{part.name}.{part.twin[0]}"]
+
+
+def _with_twin(made: Respelled, part: Component, prefix: str) -> None:
+    """Add what single files hold twice."""
+    if part.twin is None:
+        return
+    again, first = (prefix + one for one in part.twin)
+    if first in made.tensors and again not in made.tensors:
+        made.put(again, made.tensors[first])
+        made.twins.append(again)
 
 
 @dataclass

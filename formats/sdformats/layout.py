@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sdformats.errors import FormatError
-from sdformats.keymap import count
 from sdformats.kinds import readings_of
+from sdformats.rule import count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Views that whole models need beside those of `views`: what is transposed, repeated, or only implied."""
+"""Views in which tensors do not lie as in their files: transposed, repeated, along a diagonal, or only implied."""
 
 from __future__ import annotations
 
@@ -85,3 +85,40 @@ class Repeated(Ref):
     def evaluate(self, load: Load, arrays: Any) -> Any:
         """See `Ref`."""
         return self.of.evaluate(load, arrays).reshape(1).repeat(self.size)
+
+
+@dataclass(frozen=True)
+class Blocks(Ref):
+    """Matrices along the diagonal of a larger one, zeros elsewhere.
+
+    Attributes:
+        pieces: the matrices, (rows, columns), or with more axes of size 1 behind.
+        rows: how many rows each block has, absent ones included.
+        at: which of the rows each piece belongs to.
+    """
+
+    pieces: tuple[Ref, ...]
+    rows: tuple[int, ...]
+    at: tuple[int, ...]
+
+    @property
+    def spec(self) -> Spec:
+        """See `Ref`."""
+        columns = sum(part.shape[1] for part in self.pieces)
+        return replace(self.pieces[0].spec, shape=(sum(self.rows), columns, *self.pieces[0].shape[2:]))
+
+    @property
+    def parts(self) -> tuple[Ref, ...]:
+        """See `Ref`."""
+        return self.pieces
+
+    def evaluate(self, load: Load, arrays: Any) -> Any:
+        """See `Ref`."""
+        made = [part.evaluate(load, arrays) for part in self.pieces]
+        whole = arrays.zeros(self.shape, dtype=made[0].dtype)
+        column = 0
+        for block, index in zip(made, self.at, strict=True):
+            row = sum(self.rows[:index])
+            whole[row : row + block.shape[0], column : column + block.shape[1]] = block
+            column += block.shape[1]
+        return whole

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 PATTERNS = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 """The types of bit patterns, by their width."""
 _MOST_NUMBERS = 16
+_BLOCK = 1 << 20
 
 
 class Ref(ABC):
@@ -59,6 +60,11 @@ class Ref(ABC):
             arrays: the module that the arrays come from: ``numpy`` or ``torch``.
         """
 
+    @property
+    def in_order(self) -> bool:
+        """Whether its bytes are bytes of files in their order, so that any range is read without the rest."""
+        return False
+
     def read_range(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` (writable bytes) with its bytes from byte `offset` on; what must be rearranged is read as a whole."""
         data = np.ascontiguousarray(bits(self)).reshape(-1).view(np.uint8).data
@@ -85,6 +91,11 @@ class Stored(Ref):
     def evaluate(self, load: Load, arrays: Any) -> Any:
         """See `Ref`."""
         return load(self)
+
+    @property
+    def in_order(self) -> bool:
+        """See `Ref`."""
+        return True
 
     def read_range(self, offset: int, buffer: memoryview) -> None:
         """See `Ref`."""
@@ -146,6 +157,11 @@ class Part(Ref):
         """See `Ref`."""
         return self.of.evaluate(load, arrays)[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
 
+    @property
+    def in_order(self) -> bool:
+        """See `Ref`."""
+        return self.axis == 0 and self.of.in_order
+
     def read_range(self, offset: int, buffer: memoryview) -> None:
         """See `Ref`. Rows lie together."""
         if self.axis:
@@ -175,6 +191,11 @@ class Shaped(Ref):
         """See `Ref`."""
         return self.of.evaluate(load, arrays).reshape(self.dims)
 
+    @property
+    def in_order(self) -> bool:
+        """See `Ref`."""
+        return self.of.in_order
+
     def read_range(self, offset: int, buffer: memoryview) -> None:
         """See `Ref`."""
         self.of.read_range(offset, buffer)
@@ -203,6 +224,11 @@ class Joined(Ref):
         """See `Ref`."""
         return arrays.concatenate([part.evaluate(load, arrays) for part in self.pieces], self.axis)
 
+    @property
+    def in_order(self) -> bool:
+        """See `Ref`."""
+        return self.axis == 0 and all(piece.in_order for piece in self.pieces)
+
     def read_range(self, offset: int, buffer: memoryview) -> None:
         """See `Ref`. Rows of one piece lie behind those of another."""
         if self.axis:
@@ -214,43 +240,6 @@ class Joined(Ref):
             low, high = max(start, offset), min(stop, offset + len(buffer))
             if low < high:
                 piece.read_range(low - start, buffer[low - offset : high - offset])
-
-
-@dataclass(frozen=True)
-class Blocks(Ref):
-    """Matrices along the diagonal of a larger one, zeros elsewhere.
-
-    Attributes:
-        pieces: the matrices, (rows, columns), or with more axes of size 1 behind.
-        rows: how many rows each block has, absent ones included.
-        at: which of the rows each piece belongs to.
-    """
-
-    pieces: tuple[Ref, ...]
-    rows: tuple[int, ...]
-    at: tuple[int, ...]
-
-    @property
-    def spec(self) -> Spec:
-        """See `Ref`."""
-        columns = sum(part.shape[1] for part in self.pieces)
-        return replace(self.pieces[0].spec, shape=(sum(self.rows), columns, *self.pieces[0].shape[2:]))
-
-    @property
-    def parts(self) -> tuple[Ref, ...]:
-        """See `Ref`."""
-        return self.pieces
-
-    def evaluate(self, load: Load, arrays: Any) -> Any:
-        """See `Ref`."""
-        made = [part.evaluate(load, arrays) for part in self.pieces]
-        whole = arrays.zeros(self.shape, dtype=made[0].dtype)
-        column = 0
-        for block, index in zip(made, self.at, strict=True):
-            row = sum(self.rows[:index])
-            whole[row : row + block.shape[0], column : column + block.shape[1]] = block
-            column += block.shape[1]
-        return whole
 
 
 def _row_bytes(ref: Ref) -> int:
@@ -319,14 +308,25 @@ def first_rows(ref: Ref, start: int, count: int) -> np.ndarray[Any, Any]:
 
 
 def same(one: Ref, other: Ref) -> bool:
-    """Whether two tensors are equal bit by bit. Reads no more of them than it takes to see that they differ."""
+    """Whether two tensors are equal bit by bit. Reads no more of them than it takes to see that they differ.
+
+    What lies in a file in order is compared in blocks, so that little memory is enough for any size.
+    """
     if one == other:
         return True
     if one.spec != other.spec:
         return False
-    if one.shape and one.shape[0] > 1 and not np.array_equal(first_rows(one, 0, 1), first_rows(other, 0, 1)):
-        return False
-    return bool(np.array_equal(bits(one), bits(other)))
+    if not (one.in_order and other.in_order):
+        return bool(np.array_equal(bits(one), bits(other)))
+    block = min(_BLOCK, one.spec.nbytes)
+    mine, theirs = memoryview(bytearray(block)), memoryview(bytearray(block))
+    for start in range(0, one.spec.nbytes, _BLOCK):
+        size = min(_BLOCK, one.spec.nbytes - start)
+        one.read_range(start, mine[:size])
+        other.read_range(start, theirs[:size])
+        if mine[:size] != theirs[:size]:
+            return False
+    return True
 
 
 def numbers(ref: Ref) -> list[float]:

@@ -36,6 +36,11 @@ COMMANDS = {
         "sdmerge.cli.convert:convert",
         "Write a model as one file or as a diffusers folder; adapters, embeddings, small files in other layouts.",
     ),
+    "split": ("sdmerge.cli.parts:split", "Write each component of a model into a file of its own."),
+    "join": (
+        "sdmerge.cli.parts:join",
+        "Put a model together from components; a later part takes the place of what is there.",
+    ),
     "extract-lora": ("sdmerge.cli.extract:extract_lora", "Extract a LoRA of what a model changed over another."),
     "resize-lora": ("sdmerge.cli.lowrank:resize_lora", "Give an adapter smaller ranks, with the least error."),
     "merge-lora": (

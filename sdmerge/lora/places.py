@@ -8,15 +8,15 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from sdformats.adapters import names
-from sdformats.keymap import one
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
+from sdformats.rule import one
 from sdformats.views import Ref, Stored, halves_swapped, rows
 from sdmerge.errors import MismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from sdformats.keymap import Rule
+    from sdformats.rule import Rule
     from sdformats.tensor import TensorSource
 
 _UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdformats import keymap
+from sdformats import rule as rules
 from sdformats.errors import CorruptFile, FormatError, UnsupportedFile
-from sdformats.keymap import EXTRAS, NAKED, Component, KeyMap, Rule, one
+from sdformats.keymap import EXTRAS, Component, KeyMap
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
 from sdformats.renamed import component, spelled
+from sdformats.rule import NAKED, Rule, one
 from sdformats.tensor import DType, Spec
 from tests import tiny
 from tests.formats.adapters.memory import Memory, array, ref
@@ -422,10 +423,10 @@ def test_factors_of_joined_weights_are_one_where_they_are_equal() -> None:
 
 def test_blocks_are_counted_by_whole_numbers() -> None:
     names = ["a.1.x", "a.10.x", "a.2", "b.3.x", "a.99999999.x"]
-    assert keymap.count(names, r"a\.(\d+)\.") == 11
-    assert keymap.count(names, r"(?:b|c)\.(\d+)\.|z\.(\d+)") == 4
+    assert rules.count(names, r"a\.(\d+)\.") == 11
+    assert rules.count(names, r"(?:b|c)\.(\d+)\.|z\.(\d+)") == 4
     with pytest.raises(FormatError, match="has 9000 blocks of one kind"):
-        keymap.blocks(["a.8999.x"], r"a\.(\d+)\.")
+        rules.blocks(["a.8999.x"], r"a\.(\d+)\.")
 
 
 def test_names_end_as_their_rule_says() -> None:

@@ -15,13 +15,14 @@ from sdformats.adapters.errors import CannotHold
 from sdformats.adapters.family import SD3_WIDTHS
 from sdformats.adapters.records import IA3, Full, GLoRA, LoHa, LoKr, LoRA, Rows
 from sdformats.errors import CorruptFile
-from sdformats.views import Blocks, Part, Ref, bits, first_rows, joined, rows, same
+from sdformats.rearranged import Blocks
+from sdformats.views import Part, Ref, bits, first_rows, joined, rows, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from sdformats.adapters.record import Record
-    from sdformats.keymap import Rule
+    from sdformats.rule import Rule
 
     Fold = Callable[[Ref, float], Ref]
     """Returns a tensor times a number."""

@@ -18,7 +18,7 @@ from sdformats.layouts import unet as unets
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from sdformats.keymap import Rule
+    from sdformats.rule import Rule
 
 _UNET_DEPTH, _UNET_LEVELS = 10, 4
 _CLIP_LAYERS, _T5_LAYERS = 32, 24

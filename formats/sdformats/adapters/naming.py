@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sdformats.adapters import names
 from sdformats.adapters.roles import LENGTHS, MAGNITUDE
-from sdformats.keymap import Rule, one
+from sdformats.rule import Rule, one
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Config = dict[str, Any]
 EPSILON, V = "epsilon", "v_prediction"
 INDEX = "model_index.json"
+DIFFUSERS_VERSION = "0.42.1"
+"""The release whose spelling is written."""
 SCHEDULER = "scheduler/scheduler_config.json"
 _SCHEDULER_CLASS = re.compile(r"[A-Z][A-Za-z0-9]{1,60}Scheduler")
 
@@ -112,7 +114,8 @@ def folder_configs(
             classes[name] = ["transformers", tokenizer["class"]] if encoder in there else [None, None]
         pipeline = data["pipelines"].get(variant) or next(iter(data["pipelines"].values()))
         made.texts[SCHEDULER] = as_text(scheduler)
-        made.texts[INDEX] = as_text({"_class_name": pipeline, **data["index"], **classes})
+        index = {"_class_name": pipeline, "_diffusers_version": DIFFUSERS_VERSION, **data["index"], **classes}
+        made.texts[INDEX] = as_text(index)
     return made
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from sdformats.keymap import count
+from sdformats.rule import count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from sdformats.keymap import NAKED, Rule, as_they_are, blocks, one
+from sdformats.rule import NAKED, Rule, as_they_are, blocks, one
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sdformats.keymap import Table
+    from sdformats.rule import Table
 
 _NO_TEXT_MODEL = re.compile(r"(encoder\.layers\.|embeddings\.|final_layer_norm\.)")
 _LAYERS = r"(?:text_model\.encoder\.layers|transformer\.resblocks)\.(\d+)\."

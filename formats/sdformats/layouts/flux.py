@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sdformats.keymap import Component, KeyMap, Rule, blocks, one
+from sdformats.keymap import Component, KeyMap
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, Facts, Layout
 from sdformats.layouts import clip, t5
 from sdformats.layouts.vae import VAE
+from sdformats.rule import Rule, blocks, one
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sdformats.keymap import Table
+    from sdformats.rule import Table
 
 _DOUBLE = {
     "img_attn.proj": "attn.to_out.0",
@@ -115,7 +116,7 @@ KEY_MAPS = {
             Component("transformer", ("model.diffusion_model.", "diffusion_model."), table),
             replace(VAE, prefixes=("vae.", "first_stage_model.")),
             Component("text_encoder", ("text_encoders.clip_l.transformer.",), clip.table, dialect=clip.with_text_model),
-            Component("text_encoder_2", ("text_encoders.t5xxl.transformer.",), t5.table),
+            Component("text_encoder_2", ("text_encoders.t5xxl.transformer.",), t5.table, twin=t5.TWIN),
         )
     )
 }

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdformats.keymap import NAKED_IN_BOTH, Component, KeyMap, Rule, blocks, one
+from sdformats.keymap import Component, KeyMap
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, Facts, Layout
 from sdformats.layouts import clip, t5
 from sdformats.layouts.vae import VAE
+from sdformats.rule import NAKED_IN_BOTH, Rule, blocks, one
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sdformats.keymap import Table
+    from sdformats.rule import Table
 
 _LARGE_DEPTH = 38
 
@@ -99,7 +100,7 @@ KEY_MAPS = {
                 identity=("text_projection.weight", "text_model.final_layer_norm.weight"),
             ),
             Component("text_encoder_2", (_ENCODERS.format("clip_g"),), clip.projected, dialect=clip.with_text_model),
-            Component("text_encoder_3", (_ENCODERS.format("t5xxl"),), t5.table),
+            Component("text_encoder_3", (_ENCODERS.format("t5xxl"),), t5.table, twin=t5.TWIN),
         )
     )
 }

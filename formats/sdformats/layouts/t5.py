@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdformats.keymap import as_they_are, blocks
+from sdformats.rule import as_they_are, blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sdformats.keymap import Table
+    from sdformats.rule import Table
+
+
+TWIN = ("encoder.embed_tokens.weight", "shared.weight")
+"""The words' vectors: published single files hold them under both names, folders under the second."""
 
 
 def modules(layers: int) -> tuple[str, ...]:
-    """Return the modules of an encoder. The words' vectors have two names; a file may hold either, or both."""
+    """Return the modules of an encoder."""
     found = ["shared", "encoder.embed_tokens"]
     for n in range(layers):
         block = f"encoder.block.{n}.layer."

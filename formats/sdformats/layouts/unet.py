@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdformats.keymap import Component, blocks, one
+from sdformats.keymap import Component
+from sdformats.rule import blocks, one
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
-    from sdformats.keymap import Table
+    from sdformats.rule import Table
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _RESNET = {

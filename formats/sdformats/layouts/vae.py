@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from sdformats.keymap import Component, Rule, blocks, one
+from sdformats.keymap import Component
+from sdformats.rule import Rule, blocks, one
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sdformats.keymap import Table
+    from sdformats.rule import Table
 
 _MIDDLE = {"block_1": "resnets.0", "block_2": "resnets.1"}
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}

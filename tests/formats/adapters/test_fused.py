@@ -14,7 +14,7 @@ from sdformats.adapters.fused import cut, fuse, split, swapped
 from sdformats.adapters.record import Magnitude, Record
 from sdformats.adapters.records import IA3, OFT, Full, GLoRA, LoHa, LoKr, LoRA, Norm, Rows
 from sdformats.errors import CorruptFile
-from sdformats.keymap import Rule
+from sdformats.rule import Rule
 from tests.formats.adapters.memory import array, equal, ref, scaled
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from sdformats.adapters import names
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from sdformats.keymap import Rule
+    from sdformats.rule import Rule
 
 ATTENTION = "transformer_blocks.0.attn2.to_k"
 SGM = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sdformats.adapters.naming import Name, Naming
 from sdformats.adapters.roles import DOWN, UP
-from sdformats.keymap import one
+from sdformats.rule import one
 
 _PROCESSOR = re.compile(r"(.*\.attn\d)\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 _SELF_ATTENTION = re.compile(r"(.*\.self_attn)\.to_(q|k|v|out)_lora\.(down|up)\.weight")

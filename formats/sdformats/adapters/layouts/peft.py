@@ -20,7 +20,7 @@ from sdformats.adapters.records import InputOFT, LoRA
 from sdformats.adapters.roles import KOHYA, LENGTHS, PEFT
 from sdformats.errors import CorruptFile
 from sdformats.folder import PEFT_CONFIG
-from sdformats.keymap import one
+from sdformats.rule import one
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,7 @@ from sdformats.adapters.layout import AdapterLayout
 from sdformats.adapters.naming import Naming, Prefix
 from sdformats.adapters.reading import read_named, write_named
 from sdformats.adapters.roles import DOWN, UP
-from sdformats.keymap import Rule, one
+from sdformats.rule import Rule, one
 
 
 @cache
