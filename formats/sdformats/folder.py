@@ -163,9 +163,9 @@ def _open_components(path: Path, chosen: Mapping[str, _Choice], opener: Opener, 
     try:
         for component, choice in chosen.items():
             parts.append((f"{component}.", opener(choice.weights)))
+            notes += choice.note(f"{component}: ")
         if (path / EXTRAS_FILE).is_file():
             parts.append((f"{EXTRAS}.", opener(path / EXTRAS_FILE)))
-            notes += choice.note(f"{component}: ")
     except BaseException:
         for _, source in parts:
             source.close()
