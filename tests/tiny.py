@@ -148,12 +148,16 @@ def components(family: str) -> Mapping[str, Module]:
 
 
 def tensors(family: str) -> dict[str, Tensor]:
-    """Return the tensors of a model in half precision, as in a folder: ``component.key``, CLIP's with ``text_model.``."""
+    """Return the tensors of a model in half precision, as in a folder: ``component.key``, CLIP's with ``text_model.``.
+
+    The words' vectors of T5 are saved under one of their two names.
+    """
     found: dict[str, Tensor] = {}
     for component, module in components(family).items():
         for key, value in module.state_dict().items():
             bare = component == "text_encoder" and not key.startswith("text_")
-            found[f"{component}.{'text_model.' if bare else ''}{key}"] = value.half()
+            if key != "encoder.embed_tokens.weight":
+                found[f"{component}.{'text_model.' if bare else ''}{key}"] = value.half()
     return found
 
 

@@ -135,6 +135,8 @@ def test_diffusers_own_converters_read_the_text_encoders(family: str, place: str
         for name, value in tiny.tensors(family).items()
         if name.startswith(f"{place}.")
     }
+    if "shared.weight" in expected:
+        expected["encoder.embed_tokens.weight"] = expected["shared.weight"]
     if prefix.endswith(".transformer."):
         text = {name: value for name, value in given.items() if name.startswith(prefix)}
         found = convert_ldm_clip_checkpoint(text, prefix)
@@ -194,12 +196,16 @@ def test_a_projection_that_does_something_is_not_dropped() -> None:
     assert torch.equal(made[name], given["text_encoder.text_projection.weight"])
 
 
-@pytest.mark.parametrize("both", [False, True])
-def test_t5_s_words_may_have_two_names(*, both: bool) -> None:
-    given = {name: value for name, value in tiny.tensors("sd3").items() if both or "embed_tokens" not in name}
-    made = spelled(Named(given), SINGLE_FILE)
-    assert ("text_encoders.t5xxl.transformer.encoder.embed_tokens.weight" in made.specs) == both
-    assert same(loaded(spelled(Named(loaded(made)), DIFFUSERS)), given)
+def test_single_files_hold_t5_s_words_twice_and_folders_once() -> None:
+    given = tiny.tensors("sd3")
+    again, first = (f"text_encoders.t5xxl.transformer.{name}.weight" for name in ("encoder.embed_tokens", "shared"))
+    made = loaded(single("sd3"))
+    assert torch.equal(made[again], made[first])
+    assert "text_encoder_3.encoder.embed_tokens.weight" not in given
+    made[again] = made[again] + 1  # they are no longer the same
+    folder = loaded(spelled(Named(made), DIFFUSERS))
+    assert torch.equal(folder["text_encoder_3.encoder.embed_tokens.weight"], made[again])
+    assert same(loaded(spelled(Named(folder), SINGLE_FILE)), made)
 
 
 def fp8_of(tensors: dict[str, Tensor], prefix: str, factors: Mapping[str, float]) -> dict[str, Tensor]:
@@ -328,13 +334,23 @@ def test_a_unet_alone_is_respelled(prefix: str) -> None:
     assert same(loaded(spelled(Named(naked), DIFFUSERS), "unet."), bare)
 
 
+def named(network: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """Return a module's tensors, CLIP's with ``text_model.``, T5's words once."""
+    flat = any(name.startswith("embeddings.") for name in network.state_dict())
+    return [
+        (f"{'text_model.' if flat else ''}{name}", value)
+        for name, value in network.state_dict().items()
+        if name != "encoder.embed_tokens.weight"
+    ]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_component_has_the_names_of_its_module(family: str) -> None:
     for place, network in tiny.components(family).items():
         expected = inside(tiny.tensors(family), f"{place}.")
         for source in (single(family), Named(tiny.tensors(family))):
             assert same(loaded(component(source, place)), expected)
-        assert len(expected) == len(network.state_dict())
+        assert set(expected) == {name for name, _ in named(network)}
 
 
 def test_a_component_s_own_file_is_a_component() -> None:
