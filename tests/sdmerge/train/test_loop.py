@@ -73,10 +73,10 @@ def test_killed_and_resumed_by_command(toy: Path, diamonds: Path, tmp_path: Path
         "--lr",
         "0.01",
     ]
-    args += ["--batch", "2", "--steps", "12", "--save-every", "1", "--device", "cpu"]
+    args += ["--batch", "2", "--steps", "6", "--save-every", "1", "--device", "cpu"]
     straight, killed = tmp_path / "straight.safetensors", tmp_path / "killed.safetensors"
     command = [sys.executable, "-m", "sdmerge.train", *args]
-    runs.trained("lora", toy, diamonds, straight, steps=12, **SMALL)
+    runs.trained("lora", toy, diamonds, straight, steps=6, **SMALL)
     child = subprocess.Popen([*command, "-o", str(killed)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     folder = tmp_path / "killed.safetensors.run"
     while not checkpoint.states(folder) and child.poll() is None:

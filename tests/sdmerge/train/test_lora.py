@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn import Conv2d, Linear
 
-from benchmarks import concept
 from sdformats.adapters import open_adapter
 from sdformats.files import open_source
 from sdmerge.errors import RequestError
@@ -118,16 +117,6 @@ def test_peft_reads_it(toy: Path, diamonds: Path, tmp_path: Path) -> None:
     networks = load(ModelSettings(model=str(toy)))
     networks.unet = peft.PeftModel.from_pretrained(networks.unet, str(output))
     assert (runs.painted(networks) - runs.painted(run.networks)).abs().max() < CLOSE
-
-
-def test_half_a_minute_teaches_the_concept(toy: Path, diamonds: Path, tmp_path: Path) -> None:
-    run = runs.new("lora", toy, diamonds, tmp_path / "o.safetensors", steps=50, batch=8, rank=4, lr=3e-3)
-    run.prepare()
-    unseen = concept.questions(run.networks, concept.diamonds(24, seed=99))
-    before = concept.loss(run.networks, run.objective.schedule, unseen)
-    run.loop(None)
-    after = concept.loss(run.networks, run.objective.schedule, unseen)
-    assert after < 0.75 * before
 
 
 def test_what_cannot_be_trained_or_written_is_told_before_the_first_step(
