@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdmerge import pictures
 from sdmerge.api import combinations
+from sdmerge.applied import Files, apply
 from sdmerge.errors import RequestError, nearest
 from sdmerge.options import Options
 from sdmerge.recipe import Addition, Input, Model, Recipe
@@ -41,6 +42,7 @@ class Request:
         changes: values for what the recipe has under ``set``.
         over: values that are swept.
         strengths: factors of the adapters' strengths.
+        files: embeddings and inversions.
         grid: ``rows:columns``, names of axes with commas between them; empty: prompts make columns, all else rows.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: fp32, fp16 or bf16.
@@ -56,6 +58,7 @@ class Request:
     changes: Mapping[str, Any] = field(default_factory=dict)
     over: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     strengths: tuple[float, ...] = ()
+    files: Files = field(default_factory=Files)
     grid: str = ""
     overwrite: bool = False
     device: str = "auto"
@@ -85,6 +88,9 @@ def sample(request: Request, tell: Tell) -> tuple[int, int]:
     with tell.progress("painting", total) as advance:
         for point, networks in _variants(request):
             _place(networks, request)
+            beside = apply(request.files, networks, request.model)
+            for note in beside.notes:
+                tell.warn(note)
             pairs = list(product(request.seeds, request.prompts))
             from sdmerge.sampling import paint
 
@@ -94,6 +100,7 @@ def sample(request: Request, tell: Tell) -> tuple[int, int]:
                 [seed for seed, _ in pairs],
                 request.painting,
                 lambda done: advance(done, ""),
+                beside,
             )
             values = [(name, point[name]) for name in weights]
             for (seed, prompt), image in zip(pairs, painted, strict=True):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdmerge.applied import Applied
 from sdmerge.errors import RequestError
 from sdmerge.train.losses import V
 from sdmerge.train.networks import Condition
@@ -58,6 +59,7 @@ def paint(
     seeds: Sequence[int],
     painting: Painting,
     advance: Callable[[int], None] = lambda _: None,
+    applied: Applied | None = None,
 ) -> list[Image]:
     """Paint a picture for each prompt and its seed.
 
@@ -65,12 +67,15 @@ def paint(
         networks: the model; it is left as it is.
         prompts, seeds: one of each for every picture. A picture does not depend on those beside it.
         advance: called with 1 after each picture.
+        applied: what changes pictures beside the weights.
     """
     painted = []
+    beside = applied or Applied()
+    painting = beside.changed(painting)
     for prompt, seed in zip(prompts, seeds, strict=True):
-        told = networks.read([prompt])
-        against = networks.read([painting.negative])
-        latents = denoised(networks, told, against, noise_of(networks, seed, painting), painting)
+        told, against = beside.told(networks, prompt), beside.against(networks, painting.negative)
+        noise = noise_of(networks, seed, painting) if beside.noise is None else beside.noise
+        latents = denoised(networks, told, against, noise, painting)
         painted += pictures_of(networks, latents)
         advance(1)
     return painted
@@ -90,15 +95,23 @@ def noise_of(networks: Networks, seed: int, painting: Painting) -> Tensor:
     return torch.randn(1, 4, *(side // networks.factor for side in sides), generator=source)
 
 
-def denoised(networks: Networks, told: Condition, against: Condition, noise: Tensor, painting: Painting) -> Tensor:
-    """Return the latents of pictures, [n, 4, height, width], beginning with noise of that shape."""
+def denoised(
+    networks: Networks, told: Condition, against: Condition | Sequence[Condition], noise: Tensor, painting: Painting
+) -> Tensor:
+    """Return the latents of pictures, [n, 4, height, width], beginning with noise of that shape.
+
+    Args:
+        told: what is wanted.
+        against: what is not, in all steps or in each.
+    """
     scheduler = scheduler_for(networks, painting)
     device, dtype = networks.device, networks.unet.dtype
     latents = noise.to(device) * scheduler.init_noise_sigma
     guided = painting.guidance != 1
-    both = Condition.stacked([against, told] if guided else [told]).to(device)
+    each = [against] * len(scheduler.timesteps) if isinstance(against, Condition) else against
     sizes = _sizes(networks, noise).to(device)
-    for when in scheduler.timesteps:
+    for when, one in zip(scheduler.timesteps, each, strict=True):
+        both = Condition.stacked([one, told] if guided else [told]).to(device)
         seen = scheduler.scale_model_input(latents, when)
         batch = torch.cat([seen, seen]) if guided else seen
         steps = when.to(device).expand(len(batch))

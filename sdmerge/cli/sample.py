@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sdmerge.cli import options, screen
 
+if TYPE_CHECKING:
+    from sdmerge.applied import Files
+
 _OPTIONS = (
     click.option("--adapter", "adapters", multiple=True, metavar="FILE[:STRENGTH]", help="An adapter to add to the model."),
+    click.option("--embedding", "embeddings", multiple=True, metavar="FILE", help="New words, called as in the file, or as it."),
+    click.option("--aesthetic", metavar="FILE[:STEPS]", help="A style that the text encoder is moved toward; 5 steps."),
+    click.option("--aesthetic-lr", default=1e-4, show_default=True, help="Learning rate of these steps."),
+    click.option("--aesthetic-weight", type=click.FloatRange(0, 1), default=1.0, show_default=True,
+                 help="How much of the moved text encoder is taken."),
+    click.option("--aesthetic-slerp", is_flag=True, help="Mix along the arc, not the line."),
+    click.option("--clip", metavar="PATH", help="The CLIP model that the text encoder comes from, for --aesthetic."),
+    click.option("--null-text", metavar="FILE", help="An inverted picture: its noise, embeddings, steps and guidance."),
+    click.option("--image-embedding", metavar="FILE", help="An image embedding in the prompt's place."),
     click.option("--recipe", type=click.Path(), help="A recipe in the model's place; it is merged in memory."),
     click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="A value for what the recipe has under set."),
     click.option("--sweep", "sweeps", multiple=True, metavar="NAME=FROM:TO:STEP", help="Values of a name under set."),
@@ -58,6 +70,8 @@ def sample(model: str | None, **given: Any) -> None:
 
     screen.set_quiet(given["quiet"])
     width, height = _size(given["size"])
+    files = _files(given)
+    prompts = tuple(given["prompts"]) or tuple(text for text in (files.prompt,) if text is not None)
     request = contact_sheet.Request(
         model=ModelSettings(
             model=model or "",
@@ -67,7 +81,8 @@ def sample(model: str | None, **given: Any) -> None:
             family=given["family"],
         ),
         output=Path(given["output"]),
-        prompts=tuple(given["prompts"]),
+        prompts=prompts,
+        files=files,
         seeds=tuple(_seeds(given["seeds"])),
         painting=Painting(
             width=width,
@@ -83,6 +98,26 @@ def sample(model: str | None, **given: Any) -> None:
     )
     rows, columns = contact_sheet.sample(request, screen.Screen())
     screen.say(f"{given['output']}: {rows} x {columns} pictures")
+
+
+def _files(given: dict[str, Any]) -> Files:
+    from pathlib import Path
+
+    from sdmerge.applied import Files
+
+    style, colon, steps = (given["aesthetic"] or "").rpartition(":")
+    if not (colon and steps.isdigit()):
+        style, steps = given["aesthetic"] or "", "5"
+    return Files(
+        embeddings=tuple(Path(text) for text in given["embeddings"]),
+        aesthetic=(Path(style), int(steps)) if style else None,
+        rate=given["aesthetic_lr"],
+        weight=given["aesthetic_weight"],
+        slerp=given["aesthetic_slerp"],
+        clip=given["clip"],
+        null_text=Path(given["null_text"]) if given["null_text"] else None,
+        image=Path(given["image_embedding"]) if given["image_embedding"] else None,
+    )
 
 
 def _seeds(text: str) -> list[int]:

@@ -57,18 +57,16 @@ def train() -> None:
 
 def _command(name: str) -> click.Command:
     from sdmerge.train.method import find
-    from sdmerge.train.settings import GROUPS, fields_of
+    from sdmerge.train.settings import fields_for
 
     method = find(name)
     made: list[click.Parameter] = [
         click.Option(["--config"], type=click.Path(), help="A YAML file with the options' names and values.")
     ]
-    for cls in (method, *GROUPS.values()):
-        heading = f"{method.name}" if cls is method else (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")
-        for field in fields_of(cls, method.defaults):
-            option = _option(field)
-            option.heading = heading
-            made.append(option)
+    for cls, field in fields_for(method):
+        option = _option(field)
+        option.heading = method.name if cls is method else (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")
+        made.append(option)
     made.append(click.Option(["--quiet"], is_flag=True, help="Say nothing but results, warnings and errors."))
     made.append(click.Option(["--json", "as_json"], is_flag=True, help="Report as JSON on standard output."))
 

@@ -17,6 +17,7 @@ from sdmerge.train.buckets import Order, draws, permuted, size_for, sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -38,6 +39,7 @@ class Batch:
         when: [n] steps of the noise.
         sizes: [n, 6] for SDXL; see `Networks.predict`.
         mask: [n, 1, height, width], where the loss is masked.
+        pictures: the n files.
     """
 
     latents: Tensor
@@ -46,6 +48,7 @@ class Batch:
     when: Tensor
     sizes: Tensor
     mask: Tensor | None = None
+    pictures: tuple[Path, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """Return it on a device."""
@@ -53,7 +56,7 @@ class Batch:
         moved = (one.to(device) for one in (self.noise, self.when, self.sizes))
         latents = self.latents.to(device)
         noise, when, sizes = moved
-        return Batch(latents, self.captions, noise, when, sizes, mask)
+        return Batch(latents, self.captions, noise, when, sizes, mask, self.pictures)
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ class Source:
             when=when[mine],
             sizes=torch.tensor([one.sizes for one in found], dtype=torch.float32),
             mask=torch.stack([one.mask for one in found]) if self._masked else None,
+            pictures=tuple(self.items[index].path for index in chosen[mine]),
         )
 
     def _caption(self, index: int, variant: int, source: torch.Generator) -> str:

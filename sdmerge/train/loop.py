@@ -153,7 +153,9 @@ class Run:
             parameter.data = parameter.data.to(self.device)
         self.networks.train(checkpointing=settings.run.checkpointing)
         self.method.save(self.trained, self.networks, settings, self._saving(self.target, dry_run=True))
-        self.objective = Objective(self.networks, schedule, settings.loss.min_snr, self.trained.reads_texts)
+        self.objective = Objective(
+            self.networks, schedule, settings.loss.min_snr, self.trained.reads_texts, self.trained.told
+        )
         self.sources = [self._source(items, i) for i, items in enumerate(found)]
         self._encode()
         trainee = Trainee(self.method, self.objective, self.trained)
@@ -178,8 +180,9 @@ class Run:
                     self.average.update(self.step)
                 if log is not None:
                     seconds = round(time.perf_counter() - started, 4)
-                    log.add(self.step, {"loss": loss, "lr": rate, "seconds": seconds})
-                    advance(1, f"loss {loss:.4f}")
+                    figures = self.method.figures(self.trained)
+                    log.add(self.step, {"loss": loss, "lr": rate, "seconds": seconds, **figures})
+                    advance(1, "  ".join(f"{name} {value:.4f}" for name, value in {"loss": loss, **figures}.items()))
                 self._periodic(log)
 
     def finish(self) -> list[Report]:

@@ -54,6 +54,11 @@ class Schedule:
         signal, spread = self._parts(latents, when)
         return signal * noise - spread * latents
 
+    def clean(self, noisy: Tensor, predicted: Tensor, when: Tensor) -> Tensor:
+        """Return the clean latents that a prediction for noisy ones means."""
+        signal, spread = self._parts(noisy, when)
+        return parted(noisy, predicted, signal, spread, self.prediction)[0]
+
     def snr(self, when: Tensor) -> Tensor:
         """Return ᾱ / (1 - ᾱ) of steps, [n] float64."""
         kept = self.kept.to(when.device)[when]
@@ -62,6 +67,21 @@ class Schedule:
     def _parts(self, latents: Tensor, when: Tensor) -> tuple[Tensor, Tensor]:
         kept = self.kept.to(when.device)[when].reshape(-1, *(1,) * (latents.dim() - 1))
         return kept.sqrt().to(latents), (1 - kept).sqrt().to(latents)
+
+
+def parted(
+    noisy: Tensor, predicted: Tensor, signal: Tensor | float, spread: Tensor | float, prediction: str
+) -> tuple[Tensor, Tensor]:
+    """Return the clean latents and the noise that noisy ones are made of, as a prediction has it.
+
+    Args:
+        noisy, predicted: [n, channels, height, width].
+        signal, spread: √ᾱ and √(1 - ᾱ).
+        prediction: what is predicted, ε or v.
+    """
+    if prediction == EPSILON:
+        return (noisy - spread * predicted) / signal, predicted
+    return signal * noisy - spread * predicted, signal * predicted + spread * noisy
 
 
 def schedule_of(config: Mapping[str, Any], settings: LossSettings, prediction: str) -> Schedule:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sdmerge.errors import RequestError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sdmerge.train.batches import Batch
     from sdmerge.train.log import Tell
     from sdmerge.train.loop import Saving
-    from sdmerge.train.networks import Networks
+    from sdmerge.train.networks import Condition, Networks
     from sdmerge.train.objective import Objective
     from sdmerge.train.settings import Settings
 
@@ -37,6 +37,12 @@ METHODS = {
     "lora": "sdmerge.train.lora",
     "custom-diffusion": "sdmerge.train.custom_diffusion",
     "hypernetwork": "sdmerge.train.hypernetwork",
+    "textual-inversion": "sdmerge.train.textual_inversion",
+    "dream-artist": "sdmerge.train.dream_artist",
+    "aesthetic": "sdmerge.train.aesthetic",
+    "null-text": "sdmerge.train.null_text",
+    "clip-inversion": "sdmerge.train.clip_inversion",
+    "image-variation": "sdmerge.train.image_variation",
 }
 """Every method: its name, and the module that has it as ``METHOD``."""
 
@@ -62,6 +68,7 @@ class Trained:
     Attributes:
         parameters: by name; the optimizer, the average and the saved states have them so.
         rates: learning rates that differ, by parameter: factors of the run's.
+        told: what the UNet is told about a batch; None: what the text encoders make of its captions.
         reads_texts: whether gradients go through the text encoders, so that captions are read in every step.
         state: whatever the method needs again when it saves.
     """
@@ -69,6 +76,7 @@ class Trained:
     parameters: Mapping[str, Parameter]
     rates: Mapping[str, float] = field(default_factory=dict)
     reads_texts: bool = False
+    told: Callable[[Batch], Condition] | None = None
     state: Any = None
 
 
@@ -84,6 +92,8 @@ class TrainingMethod:
     """Settings whose usual value differs for this method."""
     captions: ClassVar[bool] = True
     """Whether pictures need captions."""
+    takes: ClassVar[tuple[str, ...]] = ()
+    """The shared settings that it takes; none named: all of them."""
 
     def parts(self, settings: Settings, networks: Networks, tell: Tell) -> tuple[Part, ...]:
         """Return the folders that are trained on; a batch has pictures of each."""
@@ -110,6 +120,10 @@ class TrainingMethod:
     def loss(self, objective: Objective, batch: Batch) -> Tensor:
         """Return what is minimised, a scalar."""
         return objective.denoising(batch)
+
+    def figures(self, trained: Trained) -> dict[str, float]:
+        """Return what is shown and logged after each step, beside the loss."""
+        return {}
 
     def after_step(self, trained: Trained) -> None:
         """Do what is to be done after each step of the optimizer."""

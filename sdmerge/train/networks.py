@@ -124,9 +124,8 @@ class Networks:
         factor, shift = self._scale
         return (spread.mean - shift) * factor, spread.std * factor
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the pictures of latents as the UNet sees them: [n, 3, height, width], about -1..1."""
+        """Return the pictures of latents as the UNet sees them: [n, 3, height, width], about -1..1; differentiable."""
         factor, shift = self._scale
         found: Tensor = self.vae.decode((latents / factor + shift).to(self.vae.device, self.vae.dtype)).sample
         return found

@@ -11,7 +11,7 @@ from sdmerge.train.losses import Schedule, snr_weights, squared_error
 from sdmerge.train.networks import Condition
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -27,6 +27,7 @@ class Objective:
 
     Attributes:
         min_snr: see `losses.snr_weights`; 0: all steps count alike.
+        told: what the UNet is told about a batch, in place of its captions; see `Trained`.
         reads_texts: whether gradients go through the text encoders; else what they say is kept.
     """
 
@@ -34,6 +35,7 @@ class Objective:
     schedule: Schedule
     min_snr: float = 0.0
     reads_texts: bool = False
+    told: Callable[[Batch], Condition] | None = None
     _kept: dict[str, Condition] = field(default_factory=dict)
 
     def condition(self, captions: Sequence[str]) -> Condition:
@@ -51,7 +53,9 @@ class Objective:
     def predicted(self, batch: Batch, condition: Condition | None = None) -> Tensor:
         """Return what the UNet predicts for a batch, [n, 4, height, width]."""
         noisy = self.schedule.noisy(batch.latents, batch.noise, batch.when)
-        told = self.condition(batch.captions) if condition is None else condition
+        told = condition
+        if told is None:
+            told = self.condition(batch.captions) if self.told is None else self.told(batch)
         return self.networks.predict(noisy, batch.when, told, batch.sizes)
 
     def error(self, predicted: Tensor, batch: Batch) -> Tensor:

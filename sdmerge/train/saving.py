@@ -13,6 +13,7 @@ import sdmerge
 from sdformats.adapters.adapter import Adapter
 from sdformats.adapters.reading import check_holds, needs_of
 from sdformats.custom_diffusion.delta import Product
+from sdformats.errors import OutputExists
 from sdformats.files import open_source
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
 from sdformats.renamed import key_map, respelled, stored
@@ -48,6 +49,20 @@ if TYPE_CHECKING:
 def dtype_of(settings: Settings) -> DType:
     """Return the type that new tensors are written in; ``keep`` keeps the float32 that they were trained in."""
     return OUTPUT_TYPES[settings.output.dtype] or DType.F32
+
+
+def plainly(settings: Settings) -> Saving:
+    """Return where a method without steps writes to.
+
+    Raises:
+        sdformats.errors.OutputExists: something is there, and may not be replaced.
+    """
+    from sdmerge.train.loop import Saving
+
+    target = Path(settings.output.output)
+    if target.exists() and not settings.output.overwrite:
+        raise OutputExists("exists already", path=target, advice="pass --overwrite, or choose another name")
+    return Saving(target, 0, 0)
 
 
 def _options(saving: Saving) -> Options:
@@ -133,7 +148,7 @@ def product(weight: Tensor, base: Tensor, rank: int, dtype: DType) -> Product:
     return Product(held(up.contiguous(), dtype), held(down.contiguous(), dtype))
 
 
-def save_small(written: Written, family: str, saving: Saving) -> Report:
+def save_small(written: Written, family: str | None, saving: Saving) -> Report:
     """Write what a layout made of a small file, in the container that the output's name asks for.
 
     Raises:

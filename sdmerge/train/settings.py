@@ -18,6 +18,8 @@ from sdmerge.method import Param, Parameter
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from sdmerge.train.method import TrainingMethod
+
 T = TypeVar("T")
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -193,13 +195,23 @@ def _checked(one: Parameter, value: Any) -> Any:
     return one.checked(value)
 
 
-def check_names(names: Mapping[str, Any], groups: Mapping[str, type[Any]]) -> None:
-    """Refuse a name that is no setting.
+def fields_for(method: type[TrainingMethod]) -> Iterator[tuple[type[Any], Parameter]]:
+    """Yield every setting that a method takes, with the group that it is in: its own first."""
+    for one in fields_of(method):
+        yield method, one
+    for cls in GROUPS.values():
+        for one in fields_of(cls, method.defaults):
+            if not method.takes or one.name in method.takes:
+                yield cls, one
+
+
+def check_names(names: Mapping[str, Any], method: type[TrainingMethod]) -> None:
+    """Refuse a name that is no setting of a method.
 
     Raises:
         RequestError: so it is; the nearest is named.
     """
-    known = [one.name for cls in groups.values() for one in fields_of(cls)]
+    known = [one.name for _, one in fields_for(method)]
     for name in names:
         if name not in known:
             raise RequestError(f"{name!r} is no setting of this method{nearest(name, known)}")

@@ -1,0 +1,105 @@
+"""Null-text inversion: what guided sampling needs to paint a given picture again, so that it can be edited by its prompt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from sdmerge.errors import RequestError
+from sdmerge.method import Param
+from sdmerge.train.method import TrainingMethod
+
+if TYPE_CHECKING:
+    from sdmerge.execute import Report
+    from sdmerge.train.log import Tell
+    from sdmerge.train.networks import Networks
+    from sdmerge.train.settings import Settings
+
+VARIANTS = ("null-text", "negative-prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullText(TrainingMethod):
+    """A picture's way back to noise, and unconditional embeddings that keep guided sampling on it, for every step."""
+
+    name: ClassVar[str] = "null-text"
+    title: ClassVar[str] = "Null-text inversion: a picture, to be edited by its prompt."
+    defaults: ClassVar[dict[str, Any]] = {"data": ""}
+    takes: ClassVar[tuple[str, ...]] = (
+        "model", "tokenizer", "model_config", "clip_skip", "prediction", "family", "resolution", "output", "dtype", "overwrite",
+    )  # fmt: skip
+
+    image: Annotated[str, Param("the picture")]
+    prompt: Annotated[str, Param("what is on it")]
+    variant: Annotated[
+        str, Param("negative-prompt takes the prompt for every embedding: at once, and less exact", choices=VARIANTS)
+    ] = "null-text"
+    steps: Annotated[int, Param("steps of sampling", 1, 1000)] = 50
+    guidance: Annotated[float, Param("scale of classifier-free guidance that it is made for", 1)] = 7.5
+    inner: Annotated[int, Param("steps of the optimizer for each step of sampling, at most", 1, 1000)] = 10
+    tolerance: Annotated[float, Param("the squared distance from the way at which these stop", 0)] = 1e-5
+
+    def run(self, settings: Settings, tell: Tell) -> list[Report]:
+        import torch
+
+        from sdformats.null_text import NullText as Record
+        from sdformats.null_text import write_named
+        from sdmerge.train.ddim import ladder
+        from sdmerge.train.inversion import inverted, optimised
+        from sdmerge.train.loading import load
+        from sdmerge.train.losses import schedule_of
+        from sdmerge.train.saving import dtype_of, held, plainly, save_small, texts_of
+
+        saving = plainly(settings)
+        networks = load(settings.model)
+        if networks.family == "sdxl":
+            raise RequestError("null-text inversion is for SD1 and SD2: SDXL is also told a vector for the whole text")
+        latents = self._latents(networks, settings.data.resolution)
+        levels = ladder(
+            schedule_of(networks.scheduler, settings.loss, settings.model.prediction), networks.scheduler, self.steps
+        )
+        with torch.no_grad():
+            told, empty = networks.read([self.prompt]), networks.read([""])
+        way = inverted(networks, levels, latents, told)
+        nulls = [told] * levels.steps
+        if self.variant == "null-text":
+            with tell.progress("inverting", levels.steps) as advance:
+                nulls = optimised(
+                    networks,
+                    levels,
+                    way,
+                    told,
+                    empty,
+                    guidance=self.guidance,
+                    inner=self.inner,
+                    tolerance=self.tolerance,
+                    advance=lambda loss: advance(1, f"distance {loss:.1e}"),
+                )
+        texts = texts_of(self, settings, saving) | {
+            "prompt": self.prompt,
+            "guidance": str(self.guidance),
+            "steps": str(levels.steps),
+            "scheduler": json.dumps({"_class_name": "DDIMScheduler", **networks.scheduler}),
+        }
+        embeddings = held(torch.stack([null.context for null in nulls]), dtype_of(settings))
+        return [
+            save_small(
+                write_named(Record(embeddings, held(way[-1], dtype_of(settings)), texts)), networks.family, saving
+            )
+        ]
+
+    def _latents(self, networks: Networks, resolution: int) -> Any:
+        from pathlib import Path
+
+        from sdmerge.train import data
+
+        side = resolution or networks.resolution
+        try:
+            picture = data.opened(Path(self.image))
+        except data.UnreadablePicture as error:
+            raise data.DataProblems([f"{self.image}: {error}"]) from error
+        return networks.encode(data.pixels(picture, (side, side))[0][None])[0]
+
+
+METHOD = NullText
