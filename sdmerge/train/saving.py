@@ -214,6 +214,21 @@ def _leaves(ref: Ref) -> Iterator[Ref]:
         yield from _leaves(part)
 
 
+_PATHS = (
+    "model",
+    "data",
+    "output",
+    "tokenizer",
+    "model_config",
+    "class_data",
+    "clip",
+    "style",
+    "image",
+    "init",
+    "template",
+)
+
+
 def texts_of(method: TrainingMethod, settings: Settings, saving: Saving) -> dict[str, str]:
     """Return what is said about a training run, in sd-scripts' words where it has some, and completely in our own.
 
@@ -224,8 +239,8 @@ def texts_of(method: TrainingMethod, settings: Settings, saving: Saving) -> dict
     said: dict[str, Any] = {"method": method.name, **asdict(method)}
     for values in asdict(settings).values():
         said |= values
-    for name in ("model", "data", "output", "tokenizer", "model_config", "class_data"):
-        if said.get(name):
+    for name in _PATHS:
+        if isinstance(said.get(name), str):
             said[name] = Path(said[name]).name
     made = {"sdmerge": sdmerge.__version__, "torch": torch.__version__}
     run = settings.run

@@ -36,6 +36,7 @@ def test_the_file_is_what_was_trained_and_paints(toy: Path, diamonds: Path, tmp_
     run = runs.trained("clip-inversion", toy, diamonds, output, steps=2, **GIVEN)
     with open_source(output) as source:
         assert torch.equal(value(read_clip_inversion(source).vectors), run.trained.parameters["clip_image"])
+        assert str(concept.TINY) not in str(source.metadata)  # names only: a file must not tell about its maker's disk
     settings = ModelSettings(model=str(toy))
     networks = load(settings)
     beside = apply(Files(image=output), networks, settings)
