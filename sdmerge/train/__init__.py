@@ -33,6 +33,6 @@ def run(method: str, *, tell: Tell | None = None, **values: Any) -> list[Report]
         sdformats.errors.FormatError: a file cannot be read or written.
     """
     found = find(method)
-    groups.check_names(values, found)
+    groups.check_names(values, {**groups.GROUPS, "method": found})
     made = {name: groups.made(cls, values, found.defaults) for name, cls in groups.GROUPS.items()}
     return groups.made(found, values).run(groups.Settings(**made), tell or Silent())

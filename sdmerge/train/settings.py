@@ -205,13 +205,19 @@ def fields_for(method: type[TrainingMethod]) -> Iterator[tuple[type[Any], Parame
                 yield cls, one
 
 
-def check_names(names: Mapping[str, Any], method: type[TrainingMethod]) -> None:
-    """Refuse a name that is no setting of a method.
+def check_names(names: Mapping[str, Any], groups: Mapping[str, type[Any]]) -> None:
+    """Refuse a name that is no setting; of those that all methods share, ``method`` among the groups may take only some.
 
     Raises:
         RequestError: so it is; the nearest is named.
     """
-    known = [one.name for _, one in fields_for(method)]
+    takes = getattr(groups.get("method"), "takes", ())
+    known = [
+        one.name
+        for group, cls in groups.items()
+        for one in fields_of(cls)
+        if not takes or group == "method" or one.name in takes
+    ]
     for name in names:
         if name not in known:
             raise RequestError(f"{name!r} is no setting of this method{nearest(name, known)}")

@@ -46,7 +46,7 @@ def new(method: str, model: Path, data: Path, output: Path, **values: Any) -> Ru
     torch.set_num_threads(1)
     found = find(method)
     given = {"model": str(model), "data": str(data), "output": str(output), "device": "cpu", "batch": 4} | values
-    groups.check_names(given, found)
+    groups.check_names(given, {**groups.GROUPS, "method": found})
     made = {name: groups.made(cls, given, found.defaults) for name, cls in groups.GROUPS.items()}
     return Run(groups.made(found, given), groups.Settings(**made), Heard())
 
