@@ -9,7 +9,6 @@ judged one batch later. So nothing waits but for memory, of which there is a fix
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,7 +56,7 @@ def batches(groups: Sequence[Group]) -> Iterator[tuple[tuple[Piece, ...]]]:
     size = 0
     for group in groups:
         step = group[0].step
-        block = step.spec.numel if step.whole else (BLOCK if _computed_on(step) else worker.BLOCK)
+        block = step.spec.numel if step.whole else (BLOCK if _computed_on(step) else worker.RUN)
         for start in range(0, max(1, step.spec.numel) if step.whole else step.spec.numel, max(1, block)):
             piece = Piece(group, start, min(block, step.spec.numel - start))
             if not _computed_on(step):
@@ -166,16 +165,14 @@ class Worker:
         self._job, self._lanes = job, lanes
         self._in, self._out = _Ring(lanes), _Ring(lanes)
         self._unjudged: deque[_Batch] = deque()
-        on_host = copy.copy(job)
-        on_host.device = torch.device("cpu")
-        self._host = worker.Worker(on_host)
+        self._host = worker.Worker(job)
         self._saturate = job.options.overflow == "saturate"
         self._rounding = job.options.stochastic_rounding
 
     def do(self, batch: Sequence[Piece]) -> int:
         """Start a batch, and judge the one before; return the bytes that it moves."""
         if not _computed_on(batch[0].group[0].step):
-            return self._on_host(batch[0])
+            return self._host.do(*batch[0])
         if not self._started(batch):
             self._in_parts(batch)
         return sum(_cost(piece) for piece in batch)
@@ -208,20 +205,13 @@ class Worker:
             (piece,) = batch
             half = piece.size // 2
             if piece.group[0].step.whole or half < _SMALLEST:
-                self._on_host(piece)
+                self._host.do(*piece)
                 return
             rest = piece._replace(start=piece.start + half, size=piece.size - half)
             parts = [[piece._replace(size=half)], [rest]]
         for part in parts:
             if not self._started(part):
                 self._in_parts(part)
-
-    def _on_host(self, piece: Piece) -> int:
-        group, first, count = piece
-        if group[0].step.whole:
-            return self._host.do(group, first, count)
-        starts = range(first, first + count, worker.BLOCK)
-        return sum(self._host.do(group, start, min(worker.BLOCK, first + count - start)) for start in starts)
 
     def _start(self, pieces: Sequence[Piece]) -> None:
         batch = _Batch([])

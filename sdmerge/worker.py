@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 from dataclasses import dataclass, replace
@@ -31,7 +30,6 @@ RUN = 1 << 20
 """Elements that a thread takes at a time: some blocks of either size."""
 WIDEST = 8
 """Bytes of the widest element."""
-_SMALLEST = 1 << 10
 TILE = 1 << 10
 """Columns of a tile of a matrix that is added to: with BLOCK elements in all, it is multiplied at nearly the full rate."""
 
@@ -51,8 +49,8 @@ Group = tuple[Target, ...]
 class _Buffer:
     """Memory for the raw bytes of one block, as a tensor and as something to read into."""
 
-    def __init__(self, *, pinned: bool) -> None:
-        self._tensor = torch.empty(BLOCK * WIDEST, dtype=torch.uint8, pin_memory=pinned)
+    def __init__(self) -> None:
+        self._tensor = torch.empty(BLOCK * WIDEST, dtype=torch.uint8)
         self._view = as_bytes(self._tensor)
 
     def window(self, nbytes: int, dtype: torch.dtype) -> tuple[memoryview, Tensor]:
@@ -123,10 +121,8 @@ class Worker:
         self._job = job
         self._saturate = job.options.overflow == "saturate"
         self._rounding = job.options.stochastic_rounding
-        self._pinned = job.device.type == "cuda"
-        self._stream = torch.cuda.Stream(job.device) if self._pinned else None  # type: ignore[no-untyped-call]
         self._inputs: list[_Buffer] = []
-        self._output = _Buffer(pinned=self._pinned)
+        self._output = _Buffer()
         self._prepared: tuple[_Prepared, ...] = ()
         self._sums: _Sums | None = None
 
@@ -145,16 +141,15 @@ class Worker:
 
     def _in_blocks(self, start: int, count: int) -> None:
         do: Callable[[int, int], None]
-        lead, in_order = self._prepared[0], self._stream is None and self._rounding is None
+        lead = self._prepared[0]
         if lead.copies:
             do, size = partial(self._copy, lead), BLOCK
-        elif in_order and all(one.summed for one in self._prepared):
+        elif self._rounding is None and all(one.summed for one in self._prepared):
             do, size = self._add_up, SUM_BLOCK
         else:
             do, size = self._blockwise, BLOCK
-        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            for at in range(start, start + count, size):
-                do(at, min(size, start + count - at))
+        for at in range(start, start + count, size):
+            do(at, min(size, start + count - at))
 
     def _add_up(self, start: int, count: int) -> None:
         if self._sums is None or self._sums.count != count:
@@ -183,15 +178,10 @@ class Worker:
     def _emit(self, this: _Prepared, values: list[Tensor], start: int) -> None:
         """Compute, check, round and write one block."""
         step, count = this.step, values[0].numel()
-        result = computed(step, values, start) if step.compute is not None else values[0].to(this.wide)
+        result = step.compute(values, start) if step.compute is not None else values[0].to(this.wide)
         self._check(step, values, result, this.type)
         data, out = self._output.window(count * this.bits // 8, this.type)
-        if result.device.type == "cpu":
-            self._round(step, result, out, start)
-        else:
-            rounded = torch.empty(count, dtype=this.type, device=result.device)
-            # waits for the current stream: then `out` is complete, and the inputs' buffers may be filled again
-            out.copy_(self._round(step, result, rounded, start), non_blocking=False)
+        self._round(step, result, out, start)
         this.write(step.name, start * this.bits // 8, data)
 
     def _read_block(self, this: _Prepared, start: int, count: int) -> list[Tensor]:
@@ -201,14 +191,12 @@ class Worker:
         for (read_into, key, bits), dtype, buffer in zip(this.reads, this.types, buffers, strict=True):
             data, value = buffer.window(count * bits // 8, dtype)
             read_into(key, start * bits // 8, data)
-            if self._stream is not None:
-                value = value.to(self._job.device, non_blocking=True)
             values.append(value)
         return values
 
     def _buffers(self, count: int) -> list[_Buffer]:
         while len(self._inputs) < count:
-            self._inputs.append(_Buffer(pinned=self._pinned))
+            self._inputs.append(_Buffer())
         return self._inputs[:count]
 
     def _whole(self, group: Group) -> None:
@@ -216,7 +204,7 @@ class Worker:
         pool = self._job.pool
         buffers = [pool.take(read.spec.nbytes) for read in group[0].step.reads]
         pairs = zip(group[0].step.reads, buffers, strict=True)
-        values = [whole(read, buffer).to(self._job.device) for read, buffer in pairs]
+        values = [whole(read, buffer) for read, buffer in pairs]
         for target in group:
             if isinstance(target.step.compute, Call) and target.step.compute.in_blocks:
                 self._measured(target, target.step.compute, values)
@@ -249,7 +237,7 @@ class Worker:
         whole_rows = add.whole_rows or self._rounding is not None
         columns = flat.shape[1] if whole_rows else min(TILE, flat.shape[1])
         rows = max(1, min(BLOCK // max(1, columns), flat.shape[0]))
-        held = torch.empty(rows * columns, dtype=wide, device=weight.device)
+        held = torch.empty(rows * columns, dtype=wide)
         for row in range(0, flat.shape[0], rows):
             for column in range(0, flat.shape[1], max(1, columns)):
                 stored = flat[row : row + rows, column : column + columns]
@@ -258,19 +246,20 @@ class Worker:
                 self._check(step, [stored], tile, dtype)
                 place = out[row : row + rows, column : column + columns]
                 start = row * flat.shape[1] + column
-                place.copy_(self._round(step, tile.cpu(), torch.empty(tile.shape, dtype=dtype), start))
+                place.copy_(self._round(step, tile, torch.empty(tile.shape, dtype=dtype), start))
         if step.spec.nbytes:
             target.sink.write(step.name, 0, as_bytes(out))
         self._job.pool.give([piece])
 
     def _at_once(self, target: Target, values: list[Tensor]) -> None:
         step = target.step
-        result = computed(step, values, 0)
+        assert step.compute is not None, "a copy is not whole"
+        result = step.compute(values, 0)
         dtype = TORCH[step.spec.dtype]
         out = torch.empty(step.spec.shape, dtype=dtype)
         if step.spec.dtype.is_float:
             self._check(step, values, result, dtype)
-            self._round(step, result.cpu(), out, 0)
+            self._round(step, result, out, 0)
         else:
             out.copy_(result)
         if step.spec.nbytes:
@@ -295,28 +284,6 @@ class Worker:
                     bad += self._job.count_nonfinite(read, value)
         if suspicious:
             self._job.count_overflow(step, result, dtype, finite=not bad)
-
-
-def computed(step: Step, values: Sequence[Tensor], start: int) -> Tensor:
-    """Compute a step; where memory runs out, in halves, and a whole tensor on the CPU.
-
-    Raises:
-        torch.OutOfMemoryError: even that is too much.
-    """
-    assert step.compute is not None, "a copy is not computed"
-    try:
-        return step.compute(values, start)
-    except torch.OutOfMemoryError:
-        if step.whole:
-            if values[0].device.type == "cpu":
-                raise
-            return step.compute([value.cpu() for value in values], start)
-        count = values[0].numel()
-        if count <= _SMALLEST:
-            raise
-        half = count // 2
-        parts = [slice(0, half), slice(half, count)]
-        return torch.cat([computed(step, [value[part] for value in values], start + part.start) for part in parts])
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -115,8 +115,8 @@ def ram(
 def ram_plus(
     *tensors: "Tensor",
     base: "Tensor",
-    r: Annotated[float, Param("how strongly lone changes are raised")] = 0.1,
-    alpha: Annotated[float, Param("largest ratio of shared to lone changes that counts", 0)] = 0.2,
+    r: Annotated[float, Param("how strongly lone changes are raised", weight=True)] = 0.1,
+    alpha: Annotated[float, Param("largest ratio of shared to lone changes that counts", 0, weight=True)] = 0.2,
     epsilon: Negligible = 1e-5,
 ) -> "Tensor":
     """RAM+: RAM, with the lone changes of a model raised the more, the more of its other changes are averaged away.

@@ -51,7 +51,9 @@ def model_stock(
 def sce(
     *tensors: "Tensor",
     base: "Tensor",
-    select_topk: Annotated[float, Param("share of the elements that is taken: those that differ most", 0, 1)] = 1.0,
+    select_topk: Annotated[
+        float, Param("share of the elements that is taken: those that differ most", 0, 1, weight=True)
+    ] = 1.0,
 ) -> "Tensor":
     """SCE: select the elements in which models differ most, weigh models by their squared changes, erase minority signs.
 
