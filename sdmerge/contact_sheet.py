@@ -175,18 +175,27 @@ def _shown(value: Any) -> str:
 def _variants(request: Request) -> Iterator[tuple[Mapping[str, Any], Networks]]:
     """Yield the networks for every value of what changes the weights. What is merged is merged in memory."""
     from sdmerge.memory import merged
+    from sdmerge.train.beside import put, stands_beside
     from sdmerge.train.loading import build, load
 
-    if request.recipe is None and not request.adapters:
-        yield {}, load(request.model)
-        return
-    points, recipes, options = _recipes(request)
-    settings = replace(request.model, model=str(recipes[0].inputs[recipes[0].ids[0]].path))
-    for point, made in zip(points, merged(recipes, options), strict=True):
-        yield point, build(made, settings)
+    beside = [one for one in request.adapters if stands_beside(one[0])]
+    baked = [one for one in request.adapters if one not in beside]
+    points, recipes, options = _recipes(request, baked)
+    settings = request.model
+    if recipes:
+        settings = replace(settings, model=str(recipes[0].inputs[recipes[0].ids[0]].path))
+    models = merged(recipes, options) if recipes else iter(())
+    for point in points:
+        networks = build(next(models), settings) if recipes else load(settings)
+        for path, strength in beside:
+            put(networks, path, strength * point.get(STRENGTH, 1.0))
+        yield point, networks
 
 
-def _recipes(request: Request) -> tuple[list[dict[str, Any]], list[Recipe], Options]:
+def _recipes(
+    request: Request, baked: Sequence[tuple[Path, float]]
+) -> tuple[list[dict[str, Any]], list[Recipe], Options]:
+    """Return what differs from variant to variant, and a recipe for each; no recipes where nothing is merged."""
     if request.recipe is not None:
         from sdmerge import recipe_file
 
@@ -194,19 +203,13 @@ def _recipes(request: Request) -> tuple[list[dict[str, Any]], list[Recipe], Opti
         recipes = [recipe_file.load(request.recipe, {**request.changes, **point}) for point in points]
         given: OptionFields = {} if request.model.family is None else {"family": request.model.family}
         return points, recipes, Options(**{**recipes[0].options, **given})
-    inputs = {"A": Input(Path(request.model.model))}
-    inputs |= {f"L{i}": Input(path) for i, (path, _) in enumerate(request.adapters, 1)}
     points = [{STRENGTH: factor} for factor in request.strengths] or [{}]
-    recipes = [
-        Recipe(
-            Model(
-                "A",
-                tuple(Addition(f"L{i}", s * point.get(STRENGTH, 1.0)) for i, (_, s) in enumerate(request.adapters, 1)),
-            ),
-            inputs,
-        )
-        for point in points
-    ]
+    inputs = {"A": Input(Path(request.model.model))} | {f"L{i}": Input(path) for i, (path, _) in enumerate(baked, 1)}
+    recipes = []
+    for point in points if baked else ():
+        factor = point.get(STRENGTH, 1.0)
+        added = tuple(Addition(f"L{i}", strength * factor) for i, (_, strength) in enumerate(baked, 1))
+        recipes.append(Recipe(Model("A", added), inputs))
     return points, recipes, Options(dtype="fp32", family=request.model.family)
 
 

@@ -65,4 +65,5 @@ def painted(networks: Networks, seed: int = 5, texts: Sequence[str] = TEXTS) -> 
     source = torch.Generator().manual_seed(seed)
     noisy = torch.randn(3, 4, 8, 8, generator=source)
     told = networks.read(texts)
-    return networks.predict(noisy, torch.tensor([20, 400, 900]), told)
+    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(3, 6)
+    return networks.predict(noisy, torch.tensor([20, 400, 900]), told, sizes)

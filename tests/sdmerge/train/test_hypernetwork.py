@@ -11,7 +11,10 @@ import sdmerge
 from benchmarks import concept
 from sdformats.files import open_source
 from sdformats.hypernetwork import read_hypernetwork
+from sdmerge import contact_sheet
 from sdmerge.errors import RequestError
+from sdmerge.sampling import Painting
+from sdmerge.train.beside import stands_beside
 from sdmerge.train.hypernetwork_layers import activation, attach, in_memory
 from sdmerge.train.loading import load
 from sdmerge.train.settings import ModelSettings
@@ -57,6 +60,35 @@ def test_a_linear_one_folds_into_the_model(single: Path, diamonds: Path, tmp_pat
     sdmerge.bake(single, [tmp_path / "h.pt"], output=tmp_path / "b.safetensors", dtype="fp32")
     baked = load(ModelSettings(model=str(tmp_path / "b.safetensors"), model_config=config))
     assert (runs.painted(baked) - runs.painted(run.networks)).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("activation", ["linear", "relu"])
+def test_sample_uses_it_baked_or_beside(activation: str, single: Path, diamonds: Path, tmp_path: Path) -> None:
+    config = str(concept.TINY / "config")
+    run = runs.trained(
+        "hypernetwork",
+        single,
+        diamonds,
+        tmp_path / "h.pt",
+        steps=3,
+        lr=3e-2,
+        model_config=config,
+        activation=activation,
+    )
+    assert stands_beside(tmp_path / "h.pt") == (activation == "relu")
+    request = contact_sheet.Request(
+        model=ModelSettings(model=str(single), model_config=config),
+        output=tmp_path / "o.png",
+        prompts=("a",),
+        seeds=(0,),
+        painting=Painting(),
+        adapters=((tmp_path / "h.pt", 1.0),),
+        strengths=(0.0, 1.0),
+    )
+    painted = [runs.painted(networks) for _, networks in contact_sheet._variants(request)]
+    plain = runs.painted(load(ModelSettings(model=str(single), model_config=config)))
+    assert (painted[0] - plain).abs().max() < CLOSE
+    assert (painted[1] - runs.painted(run.networks)).abs().max() < CLOSE
 
 
 def test_torch_reads_it(toy: Path, diamonds: Path, tmp_path: Path) -> None:
