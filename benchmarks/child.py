@@ -37,7 +37,8 @@ def prepare_floor(request: Request) -> Call:
 def prepare_sdmerge(request: Request) -> Call:
     """Prepare the call that a user of the python API makes. Idle means: everything is imported."""
     sdmerge = import_module("sdmerge")
-    for name in ("torch", "sdmerge.methods", "sdmerge.run"):  # the calls below import these when first needed
+    # the calls below import these when first needed
+    for name in ("torch", "sdformats.layouts", "sdmerge.methods", "sdmerge.run"):
         import_module(name)
     job, inputs = request["job"], request["inputs"]
     common = {"output": request["output"], "threads": request["threads"], "overwrite": True}
