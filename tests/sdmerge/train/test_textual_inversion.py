@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import concept, embedding_effects
 from sdformats.embeddings import open_embedding
@@ -15,7 +18,16 @@ from sdformats.errors import FormatError
 from sdformats.files import open_source
 from sdmerge.errors import RequestError
 from sdmerge.lora.refs import value
-from sdmerge.train.textual_inversion import keep_length
+from sdmerge.train import settings as groups
+from sdmerge.train.batches import Batch
+from sdmerge.train.loading import load
+from sdmerge.train.loop import Saving
+from sdmerge.train.losses import schedule_of
+from sdmerge.train.networks import Networks
+from sdmerge.train.objective import Objective
+from sdmerge.train.settings import LossSettings, ModelSettings
+from sdmerge.train.text import TextEncoder
+from sdmerge.train.textual_inversion import TextualInversion, keep_length
 from tests.sdmerge.train import runs
 
 if TYPE_CHECKING:
@@ -125,3 +137,50 @@ def test_a_length_is_gone_toward_in_parts() -> None:
     vectors = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     keep_length(vectors, torch.tensor([[1.0], [1.0]]), 0.5)
     torch.testing.assert_close(vectors.detach(), torch.tensor([[1.8, 2.4], [0.0, 0.0]]))
+
+
+def test_both_encoders_of_sdxl_get_vectors(toy: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    one = load(ModelSettings(model=str(toy)))
+    sizes: dict[str, Any] = {"intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": len(one.texts[0].tokenizer), "projection_dim": 8}
+    texts = []
+    for width, kind in ((12, CLIPTextModel), (16, CLIPTextModelWithProjection)):
+        model: Any = kind(CLIPTextConfig(hidden_size=width, **sizes))
+        texts.append(TextEncoder(model, copy.deepcopy(one.texts[0].tokenizer)))
+    make: Any = UNet2DConditionModel
+    unet = make(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=28,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=32,
+    )
+    networks = Networks("sdxl", unet, one.vae, tuple(texts), one.scheduler)
+    networks.freeze()
+    output = tmp_path / "word.safetensors"
+    given = {"token": "<diamond>", "vectors": 3, "model": str(toy), "data": "unused", "output": str(output)}
+    method = groups.made(TextualInversion, given)
+    settings = groups.Settings(**{name: groups.made(cls, given) for name, cls in groups.GROUPS.items()})
+    trained = method.attach(networks, settings)
+    objective = Objective(networks, schedule_of(one.scheduler, LossSettings(), "auto"), reads_texts=True)
+    batch = Batch(
+        torch.randn(1, 4, 8, 8), ("a <diamond>",), torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.zeros(1, 6)
+    )
+    objective.denoising(batch).backward()  # type: ignore[no-untyped-call]
+    for parameter in trained.parameters.values():
+        assert parameter.grad is not None
+        assert (parameter.grad.abs().sum(1) > 0).all()
+    method.save(trained, networks, settings, Saving(output, 7, 1))
+    held = load_file(output)
+    assert torch.equal(held["clip_l"], trained.parameters["te1"])
+    assert torch.equal(held["clip_g"], trained.parameters["te2"])
+    with pytest.raises(FormatError, match="has no place"):
+        replace(method, to="a1111").save(trained, networks, settings, Saving(tmp_path / "word.pt", 7, 1, dry_run=True))
