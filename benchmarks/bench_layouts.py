@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.adapter_files import adapter_file
 from benchmarks.jobs import Job, Run, execute
 from benchmarks.measure import available_cpus, describe_machine
-from benchmarks.report import Result
+from benchmarks.report import Result, against_floors, table_of
 from benchmarks.shapes import FAMILIES
 from sdformats.adapters.layouts import LAYOUTS
 
@@ -49,27 +46,11 @@ def main(cache: Path, rounds: int, threads: int, json_path: Path | None) -> None
             outcome = execute(result.run, (source,), output, threads=threads)
             result.outcomes += [outcome] if number else []
             shutil.rmtree(output) if folder else output.unlink()
-    floor = min(median(result.seconds) for result in floors)
-    rows = [_row(result, floor) for result in (*floors, *results)]
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    console.print(table)
+    rows = against_floors(floors, results)
+    console.print(table_of(rows))
     if json_path:
         found = {"machine": describe_machine(), "bytes": source.stat().st_size, "results": rows}
         json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def _row(result: Result, floor: float) -> dict[str, Any]:
-    return {
-        "tool": result.run.tool,
-        "job": result.run.label,
-        "seconds": median(result.seconds),
-        "all": [round(seconds, 3) for seconds in result.seconds],
-        "x floor": median(result.seconds) / floor,
-        "resident MB over idle": round((result.resident or 0) / 1e6),
-        "anonymous MB over idle": round((result.anonymous or 0) / 1e6),
-    }
 
 
 if __name__ == "__main__":

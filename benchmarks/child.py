@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Call = Callable[[], object]
 
 GEMM = 4096
-_PARTS = {"bake": ("sdmerge.lora.bake",), "convert": ("sdmerge.lora.convert",), "extract": ("sdmerge.lora.extract",)}
+_PARTS = {"bake": ("sdmerge.lora.bake",), "convert": ("sdmerge.conversion",), "extract": ("sdmerge.lora.extract",)}
 """What a call would import when it is first made."""
 
 
@@ -131,6 +131,12 @@ def prepare_mergekit(request: Request) -> Call:
     return lambda: script.main(arguments, standalone_mode=False)
 
 
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 TOOLS: dict[str, tuple[str, Callable[[Request], Call]]] = {
     "floor": ("", prepare_floor),
     "gemm": ("", prepare_gemm),
@@ -146,7 +152,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     package, prepare = TOOLS[request["tool"]]
     call = prepare(request)
-    touch_free_memory(Path(request["output"]).parent, Path(request["inputs"][0]).stat().st_size)
+    touch_free_memory(Path(request["output"]).parent, size_of(Path(request["inputs"][0])))
     measurement = measure(call)
     version = importlib.metadata.version(package) if package else ""
     print(json.dumps({"measurement": asdict(measurement), "version": version}), flush=True)

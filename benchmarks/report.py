@@ -161,3 +161,28 @@ def _inexact(found: Exactness | None) -> str:
     if found.wrong:
         text += f", wrong {found.wrong / max(1, found.elements):.3%}"
     return text + (f", {found.missing} missing" if found.missing else "")
+
+
+def against_floors(floors: Sequence[Result], results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return one row for each result, floors first: medians, and how many times the better floor they are."""
+    floor = min(statistics.median(result.seconds) for result in floors)
+    return [
+        {
+            "tool": result.run.tool,
+            "job": result.run.label,
+            "seconds": statistics.median(result.seconds),
+            "all": [round(seconds, 3) for seconds in result.seconds],
+            "x floor": statistics.median(result.seconds) / floor,
+            "resident MB over idle": round((result.resident or 0) / 1e6),
+            "anonymous MB over idle": round((result.anonymous or 0) / 1e6),
+        }
+        for result in (*floors, *results)
+    ]
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return rows as a table for the screen."""
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table
