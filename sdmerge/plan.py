@@ -11,6 +11,7 @@ from sdmerge.errors import FamilyError, MismatchError
 from sdmerge.expression import Call, Leaf
 from sdmerge.recipe import Model, leaves
 from sdmerge.recipe import models as models_of
+from sdmerge.respelling import view_alike
 from sdmerge.small_merge import merged_small
 from sdmerge.step import Plan, Read, Step, ordered
 
@@ -63,7 +64,8 @@ def plan_merge(
     """
     notes = policy.Notes()
     small = merged_small(models, recipe)
-    views = {name: policy.view(name, *models[name], options, notes) for name in recipe.ids}
+    spelling = models[recipe.ids[0]][1].spelling
+    views = {name: view_alike(name, *models[name], spelling, options, notes) for name in recipe.ids}
     in_order = tuple(views.values())
     policy.check_together(in_order, options, notes)
     first = in_order[0]
@@ -79,9 +81,9 @@ def plan_merge(
     sources = [view.source for view in in_order]
     if vae is not None:
         source, seen = vae
-        given = policy.view("VAE", source, seen, options, notes)
+        given = view_alike("VAE", source, seen, spelling, options, notes)
         steps.update(policy.vae_steps(first.tensors, given, first, options, notes))
-        sources.append(source)
+        sources.append(given.source)
     sources += [source for source, _ in (adapters or {}).values()]
     plan = _finish(steps, tuple(sources), notes, first.detection, options)
     return replace(plan, small=small)

@@ -1,15 +1,17 @@
-"""Which tensors a conversion writes, under which names."""
+"""Which tensors a conversion writes, under which names; and models of one spelling in a merge of the other."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sdformats.errors import FormatError
 from sdformats.keymap import EXTRAS, EXTRAS_FILE, Respelled
-from sdformats.layout import DIFFUSERS
-from sdformats.renamed import key_map, respelled
+from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
+from sdformats.renamed import Renamed, key_map, respelled
+from sdformats.views import Stored
 from sdmerge.errors import RequestError
-from sdmerge.policy import listing
+from sdmerge.policy import averaged, listing, view
 from sdmerge.prediction import MARKERS
 from sdmerge.provenance import once_in
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from sdformats.views import Ref
     from sdmerge.conversion import Conversion
     from sdmerge.options import Options
-    from sdmerge.policy import Notes
+    from sdmerge.policy import Notes, View
 
 _ASIDE = ("safety_checker.", "image_encoder.")
 """Components of folders that programs which read single files do without."""
@@ -131,3 +133,26 @@ def _check_left(made: Respelled, path: Path, conversion: Conversion, notes: Note
         )
     for name in made.left:
         notes.add("left out, as a single file has no place for it", name)
+
+
+def view_alike(
+    label: str, source: TensorSource, seen: Detection, spelling: str | None, options: Options, notes: Notes
+) -> View:
+    """Return what a model offers to a merge of models in `spelling`, whichever it has itself.
+
+    Raises:
+        FormatError: its names do not hold what they say.
+    """
+    apart = {seen.spelling, spelling} == {DIFFUSERS, SINGLE_FILE}
+    if not apart or seen.kind not in ("checkpoint", "unet", "vae"):
+        return view(label, source, seen, options, notes)
+    keys = averaged(label, source.specs, options, notes)
+    try:
+        made = respelled({name: Stored(source, key) for name, key in keys.items()}, seen, spelling or "")
+    except FormatError as error:
+        error.path = error.path or source.path
+        raise
+    notes.add(f"{label} is spelled as {seen.spelling}: its tensors are taken under the names of {spelling}")
+    renamed = Renamed(made.tensors, (source,))
+    found = detect(renamed.specs, family=seen.family)
+    return view(label, renamed, found, replace(options, ema="keep"), notes)
