@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from sdmerge.blocks import Weights as Weights
     from sdmerge.comparison import Difference as Difference
     from sdmerge.comparison import diff as diff
+    from sdmerge.custom_diffusion import compress_custom as compress_custom
+    from sdmerge.custom_diffusion import merge_custom as merge_custom
     from sdmerge.embeddings import bundle_embeddings as bundle_embeddings
     from sdmerge.embeddings import extract_embeddings as extract_embeddings
     from sdmerge.embeddings import mix_embeddings as mix_embeddings
@@ -46,10 +48,12 @@ _HOMES = {
     "Report": "sdmerge.api",
     "add_difference": "sdmerge.api",
     "bake": "sdmerge.adapters",
+    "compress_custom": "sdmerge.custom_diffusion",
     "convert": "sdmerge.api",
     "extract_lora": "sdmerge.adapters",
     "join": "sdmerge.api",
     "merge": "sdmerge.api",
+    "merge_custom": "sdmerge.custom_diffusion",
     "merge_lora": "sdmerge.adapters",
     "resize_lora": "sdmerge.adapters",
     "run_recipe": "sdmerge.api",

@@ -7,7 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from sdformats.custom_diffusion.write import WRITERS as CUSTOM_FORMS
 from sdmerge.checkpoints import convert_model
+from sdmerge.custom.forms import COMPRESSED, convert_custom
 from sdmerge.embedding.convert import convert_embedding
 from sdmerge.embedding.write import Wanted
 from sdmerge.errors import RequestError
@@ -133,6 +135,13 @@ def _small(given: Given, target: Path, conversion: Conversion, options: Options)
     return convert_small(given.source, given.seen, target, conversion.to, options, given.started)
 
 
+def _custom(given: Given, target: Path, conversion: Conversion, options: Options) -> Report:
+    own = conversion.to is None or conversion.to in CUSTOM_FORMS or conversion.to == COMPRESSED
+    if conversion.form is None and (own or conversion.to not in LAYOUT_NAMES):
+        return convert_custom(given.source, given.seen, target, conversion, options, given.started)
+    return convert_adapter(given.source, target, conversion, options, given.started)
+
+
 def _embedding(given: Given, target: Path, conversion: Conversion, options: Options) -> Report:
     wanted = Wanted(
         to=conversion.to,
@@ -150,6 +159,7 @@ _OF_MODELS = frozenset({"to", "only", "shard_size", "prediction", "tokenizer", "
 CONVERTERS: Mapping[str, Converter] = {
     **dict.fromkeys(("checkpoint", "unet", "vae", "text-encoder"), Converter(convert_model, _OF_MODELS)),
     "adapter": Converter(_adapter, frozenset({"to", "form", "allow_loss", "adapter_config", "base"})),
+    "custom-diffusion": Converter(_custom, frozenset({"to", "form", "allow_loss", "base"})),
     "embedding": Converter(_embedding, frozenset({"to", "token", "for_family", "preview", "allow_loss"})),
     **dict.fromkeys(FORMATS, Converter(_small, frozenset({"to"}))),
 }

@@ -12,7 +12,7 @@ from sdformats.png import PngSink
 from sdformats.safetensors import SafetensorsSink
 from sdformats.safetensors import layout as laid_out
 from sdformats.torch_sink import SUFFIXES as TORCH_SUFFIXES
-from sdformats.torch_sink import TorchZipSink
+from sdformats.torch_sink import TorchZipSink, zip_size
 from sdmerge import hashing
 from sdmerge.errors import RequestError
 from sdmerge.execute import report_of, write_plans
@@ -49,9 +49,11 @@ def metadata_of(written: Written) -> dict[str, str]:
     return texts | hashing.SD_SCRIPTS if "ss_network_module" in texts and not written.texts else texts
 
 
-def size_of(written: Written) -> int:
-    """Return how many bytes a layout's tensors and texts take on the disk."""
+def size_of(written: Written, target: Path | None = None) -> int:
+    """Return how many bytes a layout's tensors and texts take on the disk; in safetensors, unless the name asks for torch."""
     specs = {name: ref.spec for name, ref in written.tensors.items()}
+    if target is not None and target.suffix.lower() in TORCH_SUFFIXES:
+        return zip_size(specs, written.tree, target)
     header, _ = laid_out(specs, metadata_of(written))
     return len(header) + sum(spec.nbytes for spec in specs.values()) + sum(map(len, written.texts.values()))
 

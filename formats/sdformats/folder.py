@@ -23,6 +23,8 @@ INDEX = "model_index.json"
 PEFT_CONFIG = "adapter_config.json"
 LEARNED = ("learned_embeds", "learned_embeds_2")
 """The files in which diffusers puts the embeddings for SDXL's two text encoders."""
+CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights"
+"""The file in which diffusers puts a Custom Diffusion delta. Its words are files of their own beside it, ``<new1>.bin``."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _NO_MODEL = ("scheduler", "tokenizer", "feature_extractor", "image_processor", "processor")
@@ -131,6 +133,8 @@ def open_folder(path: Path, opener: Opener) -> TensorSource:
         return opener(adapters[""])
     if adapters:
         return FolderSource(path, [(f"{name}.", opener(weights)) for name, weights in adapters.items()])
+    if not (path / INDEX).is_file() and (delta := _custom_diffusion(path)):
+        return FolderSource(path, [(prefix, opener(file)) for prefix, file in delta])
     components = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith((".", *_NO_MODEL))]
     if not components and not (path / INDEX).is_file() and (learned := _learned(path)):
         return FolderSource(path, [(f"{name}.", opener(weights)) for name, weights in learned.items()])
@@ -198,6 +202,19 @@ def _learned(path: Path) -> dict[str, Path]:
         if there:
             found[name] = there[0]
     return found if len(found) == len(LEARNED) else {}
+
+
+def _custom_diffusion(path: Path) -> list[tuple[str, Path]]:
+    """Return the weights of a Custom Diffusion delta and the words beside them, as prefix and file; nothing where it is none."""
+    weights = [file for suffix in _WEIGHTS if (file := path / f"{CUSTOM_DIFFUSION}{suffix}").is_file()]
+    if not weights:
+        return []
+    words: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix in _WEIGHTS and file.is_file() and re.fullmatch(r"<.+>", file.stem):
+            better = file.suffix == ".safetensors" or file.stem not in words
+            words[file.stem] = file if better else words[file.stem]
+    return [("", weights[0]), *(("modifier_token.", file) for file in words.values())]
 
 
 def _choose(folder: Path, *, of_pipeline: bool = False) -> _Choice | None:

@@ -71,17 +71,13 @@ class TorchZipSink(TensorSink):
         pickle, keys = write_pickle(flat(specs) if tree is None else tree, specs, path)
         if len(pickle) > MAX_PICKLE:
             raise WriteError(f"needs a pickle of {len(pickle):,} bytes", path=path, expected=f"at most {MAX_PICKLE:,}")
-        head = {"data.pkl": pickle, "byteorder": b"little"}
-        tail = {"version": b"3\n"}
-        sizes = {name: len(data) for name, data in head.items()}
-        sizes |= {f"data/{key}": specs[name].nbytes for name, key in keys.items()}
-        sizes |= {name: len(data) for name, data in tail.items()}
-        self._members, self._directory_at = _laid_out(sizes)
+        plain = {"data.pkl": pickle, "byteorder": b"little", "version": b"3\n"}
+        self._members, self._directory_at = _laid_out(_sizes(plain, keys, specs))
         self._storages = {name: self._members[f"data/{key}"] for name, key in keys.items()}
         size = self._directory_at + len(_directory(self._members, self._directory_at))
         self._file = PendingFile(path, size, overwrite=overwrite)
         try:
-            for name, data in (head | tail).items():
+            for name, data in plain.items():
                 self._put(self._members[name], 0, memoryview(data))
         except BaseException:
             self._file.abort()
@@ -125,6 +121,20 @@ class TorchZipSink(TensorSink):
             end += length
         if end != member.size or sum(length for length, _ in member.blocks.values()) != end:
             raise WriteError("was not written whole", path=self.path, key=name, expected=f"{member.size:,} bytes")
+
+
+def zip_size(specs: Mapping[str, Spec], tree: Tree, path: Path) -> int:
+    """Return how many bytes a file will have; errors as `TorchZipSink`."""
+    pickle, keys = write_pickle(tree, specs, path)
+    members, at = _laid_out(_sizes({"data.pkl": pickle, "byteorder": b"little", "version": b"3\n"}, keys, specs))
+    return at + len(_directory(members, at))
+
+
+def _sizes(plain: Mapping[str, bytes], keys: Mapping[str, str], specs: Mapping[str, Spec]) -> dict[str, int]:
+    """Return every member's size, in the order of the file: the storages come before the version."""
+    sizes = {name: len(data) for name, data in plain.items()}
+    last = sizes.popitem()
+    return {**sizes, **{f"data/{key}": specs[name].nbytes for name, key in keys.items()}, last[0]: last[1]}
 
 
 @dataclass(slots=True)

@@ -56,6 +56,14 @@ COMMANDS = {
         "sdmerge.cli.sample:sample",
         "Paint a sheet of pictures with a model, adapters, or a recipe that is merged in memory.",
     ),
+    "compress-custom": (
+        "sdmerge.cli.custom:compress_custom",
+        "Compress a Custom Diffusion delta, with the least error.",
+    ),
+    "merge-custom": (
+        "sdmerge.cli.custom:merge_custom",
+        "Merge the concepts of several Custom Diffusion deltas, in closed form.",
+    ),
     "demo": ("sdmerge.cli.demo:demo", "Merge three tiny models and paint what they learned."),
 }
 """Name → where the command is, and its first line of help (which a test holds equal to the command's own)."""

@@ -222,6 +222,8 @@ def as_full(path: str, record: Record, weight: Ref | None, shape: tuple[int, ...
         raise CannotHold(
             f"is {_what(record)}, whose difference depends on the weight", key=path, advice="give --base MODEL"
         )
+    if isinstance(record, Full) and record.new_bias and record.bias is not None:
+        raise CannotHold("replaces its bias, which no difference here does", key=path)
     target = weight.shape if weight is not None else shape if shape is not None else _natural(record)
     refs = tuple(dict.fromkeys(ref for _, ref in record.refs))
     operands = refs if weight is None else (*refs, weight)

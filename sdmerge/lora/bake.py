@@ -320,6 +320,9 @@ def _dense(
         if one.bias:
             assert one.record.bias is not None, "placed for its bias"
             made = get(one.record.bias).reshape(part)
+            if isinstance(one.record, Full) and one.record.new_bias:
+                assert weight is not None, "asked for by needs_weight"
+                made = made - weight.reshape(part)
         elif isinstance(one.record, Norm):
             made = get(one.record.weight).reshape(part)
         else:

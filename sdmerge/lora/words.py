@@ -39,7 +39,7 @@ def write_words(adapters: Sequence[Path], output: Path, options: Options) -> tup
     notes = []
     for path in adapters:
         with open_source(path) as source:
-            if detect(source.specs, metadata=source.metadata).kind != "adapter":
+            if detect(source.specs, metadata=source.metadata).kind not in ("adapter", "custom-diffusion"):
                 continue
             adapter, _ = open_adapter(source)
             for word, inner in adapter.embeddings.items():

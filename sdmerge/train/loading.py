@@ -57,7 +57,7 @@ def build(source: TensorSource, settings: ModelSettings) -> Networks:
         sdformats.errors.FormatError: a file cannot be read, or holds something else than its configuration says.
         RequestError: the model is of a family that is not trained here, or has no configuration or tokenizer.
     """
-    diffusers, transformers = libraries()
+    diffusers, _ = libraries()
     path = Path(settings.model)
     seen = detect(source.specs, family=settings.family)
     if seen.family not in _TEXT_ENCODERS:
@@ -67,6 +67,21 @@ def build(source: TensorSource, settings: ModelSettings) -> Networks:
     if unet.config.in_channels != 4:
         raise RequestError(f"{path}: its network takes {unet.config.in_channels} channels (expected 4: no inpainting)")
     vae = _module(source, "vae", configs, diffusers.AutoencoderKL.from_config, settings.family)
+    texts = text_encoders(source, settings)
+    scheduler = read_object(configs / "scheduler" / "scheduler_config.json")
+    networks = Networks(seen.family, unet, vae, texts, scheduler, settings.clip_skip)
+    networks.freeze()
+    return networks
+
+
+def text_encoders(source: TensorSource, settings: ModelSettings) -> tuple[TextEncoder, ...]:
+    """Build the text encoders of an open model alone, in float32, on the CPU; errors as `build`."""
+    _, transformers = libraries()
+    path = Path(settings.model)
+    seen = detect(source.specs, family=settings.family)
+    if seen.family not in _TEXT_ENCODERS:
+        raise RequestError(f"{path}: is {seen.family or 'of no known family'} (expected sd1, sd2 or sdxl)")
+    configs = _configs(path, settings)
     texts = []
     for name in _TEXT_ENCODERS[seen.family]:
         projected = name == "text_encoder_2"
@@ -76,10 +91,7 @@ def build(source: TensorSource, settings: ModelSettings) -> Networks:
         )
         folder = _tokenizer(name.replace("text_encoder", "tokenizer"), configs, settings)
         texts.append(TextEncoder(encoder, transformers.CLIPTokenizer.from_pretrained(str(folder))))
-    scheduler = read_object(configs / "scheduler" / "scheduler_config.json")
-    networks = Networks(seen.family, unet, vae, tuple(texts), scheduler, settings.clip_skip)
-    networks.freeze()
-    return networks
+    return tuple(texts)
 
 
 def _configs(path: Path, settings: ModelSettings) -> Path:

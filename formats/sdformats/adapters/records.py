@@ -294,11 +294,13 @@ class Full(Record):
     Attributes:
         weight: of the weight's shape; None where only the bias changes.
         replaces: whether it is the new weight.
+        new_bias: whether `bias` is the new one, too.
     """
 
     algorithm = "full"
     weight: Ref | None = None
     replaces: bool = False
+    new_bias: bool = False
 
     @property
     def columns(self) -> int | None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from sdformats.kind import Kind, Marked
 
 if TYPE_CHECKING:
-    from sdformats.kind import Looks
+    from collections.abc import Mapping
+
+    from sdformats.tensor import Spec
 
 SGM = "model.diffusion_model."
 """What the first implementation's names begin with."""
@@ -18,9 +20,9 @@ TEXT = "text_encoder."
 _WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
 
-def _family(looks: Looks) -> str | None:
+def family_of(specs: Mapping[str, Spec]) -> str | None:
     """Tell it by the width of the text that the keys read."""
-    for name, spec in looks.specs.items():
+    for name, spec in specs.items():
         if re.search(r"attn2\.(processor\.)?to_[kv]", name) and len(spec.shape) == 2 and not name.endswith(".u"):
             return _WIDTHS.get(spec.shape[1])
     return None
@@ -45,5 +47,5 @@ KIND = Kind(
         ),
         Marked(name="diffusers", marks=(DIFFUSERS, BESIDE[0]), needs=(DIFFUSERS,)),
     ),
-    family=_family,
+    family=lambda looks: family_of(looks.specs),
 )

@@ -9,6 +9,7 @@ from sdformats.adapters import names
 from sdformats.adapters.errors import CannotHold
 from sdformats.adapters.layout import Written
 from sdformats.custom_diffusion.kind import SGM, TEXT, WORD
+from sdformats.folder import CUSTOM_DIFFUSION
 from sdformats.torch_pickle import TensorNamed
 from sdformats.views import Ref, joined, reshaped
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from sdformats.custom_diffusion.delta import CustomDiffusion, Product
     from sdformats.torch_pickle import Tree
 
-WEIGHTS = "pytorch_custom_diffusion_weights"
-"""How diffusers calls the file."""
 _SAFE_WORD = re.compile(r"<?\w[\w .-]{0,99}>?")
 
 
@@ -92,7 +91,7 @@ def write_diffusers(record: CustomDiffusion) -> Written:
         assert isinstance(weight, Ref), "nothing is compressed"
         attention, _, end = name.partition(".attn2.")
         end = re.sub(r"^(to_\w+?)(\.0)?\.(weight|bias)$", r"\1_custom_diffusion\2.\3", end)
-        tensors[f"{WEIGHTS}.safetensors/{attention}.attn2.processor.{end}"] = weight
+        tensors[f"{CUSTOM_DIFFUSION}.safetensors/{attention}.attn2.processor.{end}"] = weight
     for word, vectors in record.words.items():
         if not _SAFE_WORD.fullmatch(word):
             raise CannotHold(f"the word {word!r} is no name for a file", advice="choose --to delta")

@@ -229,6 +229,18 @@ ROWS: dict[str, tuple[str, str | None, Tensors, list[str]]] = {
         | {"img_in.lora_B.bias": noise(4), "double_blocks.0.img_attn.norm.key_norm.scale": noise(4)},
         ["unet.x_embedder", DOUBLE + "attn.norm_k"],
     ),
+    "21": (
+        "custom-diffusion",
+        "sd1",
+        {f"unet.{ATTENTION}.attn2.to_k.weight": noise(4, 768), "modifier_token.<new1>": noise(768)},
+        [UNET + "attn2.to_k"],
+    ),
+    "21, compressed": (
+        "custom-diffusion",
+        "sd1",
+        {f"unet.{ATTENTION}.attn2.to_v.weight.{end}": noise(*size) for end, size in (("u", (4, 2)), ("v", (2, 768)))},
+        [UNET + "attn2.to_v"],
+    ),
 }  # fmt: skip
 
 

@@ -1,0 +1,73 @@
+"""``sdmerge compress-custom`` and ``merge-custom``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from sdmerge.cli import options
+
+_OUTPUT = click.option("-o", "--output", required=True, type=click.Path(), help="Where to write.")
+_BASE = click.option("--base", required=True, type=click.Path(), metavar="MODEL", help="The model that it is for.")
+_TO = click.option("--to", metavar="FORM", help="original, delta or diffusers. Default: the input's.")
+
+
+@click.command("compress-custom")
+@click.argument("delta", type=click.Path())
+@_BASE
+@click.option("--rank", type=click.IntRange(1), metavar="R", help="The rank of every matrix.")
+@click.option("--size", metavar="10MB", help="The size of the file: ranks are chosen for the least error in it.")
+@click.option("--energy", type=float, metavar="E", help="Keep this share of each matrix's squared singular values.")
+@click.option("--error", type=float, metavar="E", help="Keep each matrix's relative error below this.")
+@_TO
+@_OUTPUT
+@options.output_options
+def compress_custom(delta: str, output: str, as_json: bool, **given: Any) -> None:
+    """Compress a Custom Diffusion delta, with the least error."""
+    from sdmerge import custom_diffusion as api
+
+    chosen = {name: given.pop(name) for name in ("base", "rank", "size", "energy", "error", "to")}
+    report = api.compress_custom(delta, output, **chosen, **options.api_options(given))
+    options.show([report], as_json=as_json)
+
+
+@click.command("merge-custom")
+@click.argument("deltas", nargs=-1, required=True, metavar="DELTA:CLASS ...")
+@_BASE
+@click.option(
+    "--captions",
+    type=click.Path(),
+    metavar="FILE",
+    help="Captions of what is to stay, one a line. Default: 200 of ours.",
+)
+@click.option(
+    "--model-config",
+    type=click.Path(),
+    metavar="DIR",
+    help="A diffusers folder that describes a single file's networks.",
+)
+@click.option("--tokenizer", type=click.Path(), metavar="DIR", help="A folder with CLIP's vocabulary.")
+@_TO
+@_OUTPUT
+@options.output_options
+def merge_custom(deltas: tuple[str, ...], output: str, as_json: bool, **given: Any) -> None:
+    """Merge the concepts of several Custom Diffusion deltas, in closed form.
+
+    Each delta is given with the class of its concept: cat.bin:cat dog.bin:dog.
+    """
+    from sdmerge import custom_diffusion as api
+
+    pairs = [_parsed(text) for text in deltas]
+    chosen = {name: given.pop(name) for name in ("base", "captions", "model_config", "tokenizer", "to")}
+    report = api.merge_custom(pairs, output, **chosen, **options.api_options(given))
+    options.show([report], as_json=as_json)
+
+
+def _parsed(text: str) -> tuple[str, str]:
+    path, colon, name = text.rpartition(":")
+    if not colon or not path or not name.strip() or "/" in name or "\\" in name:
+        raise click.BadParameter(
+            f"{text!r} names no class (expected FILE:CLASS, as cat.bin:cat)", param_hint="DELTA:CLASS"
+        )
+    return path, name.strip()
