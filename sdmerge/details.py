@@ -6,7 +6,7 @@ from collections import Counter
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from sdformats import aesthetic, clip_inversion, hypernetwork, null_text
+from sdformats import aesthetic, clip_inversion, dreamartist, hypernetwork, null_text
 from sdformats.custom_diffusion.delta import describe as describe_delta
 from sdformats.embeddings.describe import describe as describe_embedding
 from sdformats.errors import FormatError
@@ -40,7 +40,9 @@ def details(kind: str, source: TensorSource) -> tuple[dict[str, Any] | None, lis
         found = DESCRIBERS[kind](source)
     except FormatError as error:
         return None, [str(error)]
-    return found, found.pop("notes", [])
+    notes = found.pop("notes", [])
+    pair = dreamartist.note(source.path) if kind == "embedding" else None
+    return found, notes if pair is None else [*notes, pair]
 
 
 def adapter_details(source: TensorSource, warnings: Sequence[str], family: str | None) -> dict[str, Any]:

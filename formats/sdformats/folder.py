@@ -28,6 +28,10 @@ CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _NO_MODEL = ("scheduler", "tokenizer", "feature_extractor", "image_processor", "processor")
+_STEP = re.compile(r"checkpoint-\d+")
+"""How diffusers' trainers call the folders in which they keep what it takes to go on from a step."""
+_STATE = re.compile(r"(optimizer|scheduler|sampler|scaler|dl_state_dict)(_\d+)?\.(bin|pt|safetensors)")
+"""What accelerate keeps there beside the weights."""
 _MAX_INDEX = 64 << 20
 _IS_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 _IS_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
@@ -138,12 +142,19 @@ def open_folder(path: Path, opener: Opener) -> TensorSource:
     components = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith((".", *_NO_MODEL))]
     if not components and not (path / INDEX).is_file() and (learned := _learned(path)):
         return FolderSource(path, [(f"{name}.", opener(weights)) for name, weights in learned.items()])
+    steps = [folder.name for folder in components if _STEP.fullmatch(folder.name)]
+    components = [folder for folder in components if folder.name not in steps]
     own = _choose(path, of_pipeline=(path / INDEX).is_file())
     chosen = {p.name: choice for p in components if (choice := _choose(p)) is not None}
     if (path / INDEX).is_file() or (chosen and own is None):
         if not chosen:
             raise UnknownFormat("is a diffusers folder without weights", path=path, advice="download it completely")
-        return _open_components(path, chosen, opener, own)
+        source: TensorSource = _open_components(path, chosen, opener, own)
+        source.notes = (*_of_training(path, steps), *source.notes)
+        return source
+    if own is None and steps:
+        raise UnknownFormat(f"is a training run's folder, with nothing but its steps ({', '.join(steps[:3])})", path=path,
+                            advice="name one of them")  # fmt: skip
     if own is None:
         raise UnknownFormat(
             "is a folder without model weights", path=path, expected="a diffusers folder or a sharded set"
@@ -156,6 +167,15 @@ def open_folder(path: Path, opener: Opener) -> TensorSource:
     source = opener(own.weights)
     source.notes = (*own.note(), *source.notes)
     return source
+
+
+def _of_training(path: Path, steps: Sequence[str]) -> tuple[str, ...]:
+    """Say of a folder that a training run left what it is."""
+    if steps:
+        return (f"a training run's output; its steps are left aside: {', '.join(steps)}",)
+    if _STEP.fullmatch(path.name) and not (path / INDEX).is_file():
+        return ("a step of a training run: what was trained, and no whole model",)
+    return ()
 
 
 def _open_components(path: Path, chosen: Mapping[str, _Choice], opener: Opener, beside: _Choice | None) -> FolderSource:
@@ -227,6 +247,7 @@ def _choose(folder: Path, *, of_pipeline: bool = False) -> _Choice | None:
         CorruptFile: there are shards and no index that names them, and nothing else to read.
     """
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith((".", EXTRAS))]
+    files = [p for p in files if not _STATE.fullmatch(p.name)]
     indices = [p for p in files if _IS_INDEX.search(p.name)]
     shards = {shard for index in indices for shard in _shards_named(index)}
     plain = [p for p in files if p.suffix in _WEIGHTS and p.name not in shards]
