@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdformats.configs import INDEX, folder_configs
+from sdformats.configs.known import of_folder, of_metadata
 from sdformats.errors import CorruptFile
 from sdformats.files import open_source
-from sdformats.json_file import read_object
-from sdformats.layout import detect
-from sdformats.renamed import component
+from sdformats.layout import DIFFUSERS, detect
+from sdformats.renamed import component, spelled
 from sdformats.views import Stored
 from sdmerge.errors import RequestError
 from sdmerge.lora.refs import value
+from sdmerge.prediction import schedule_of
 from sdmerge.train.networks import Networks
 from sdmerge.train.text import TextEncoder
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sdformats.configs import Config
+    from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
     from sdmerge.train.settings import ModelSettings
 
@@ -55,21 +62,19 @@ def build(source: TensorSource, settings: ModelSettings) -> Networks:
 
     Raises:
         sdformats.errors.FormatError: a file cannot be read, or holds something else than its configuration says.
-        RequestError: the model is of a family that is not trained here, or has no configuration or tokenizer.
+        RequestError: the model is of a family that is not trained here, nothing describes its networks, or it has no tokenizer.
     """
     diffusers, _ = libraries()
-    path = Path(settings.model)
-    seen = detect(source.specs, family=settings.family)
-    if seen.family not in _TEXT_ENCODERS:
-        raise RequestError(f"{path}: is {seen.family or 'of no known family'} (expected sd1, sd2 or sdxl)")
-    configs = _configs(path, settings)
+    seen = _seen(source, settings)
+    configs = _configs(source, seen, settings)
     unet = _module(source, "unet", configs, diffusers.UNet2DConditionModel.from_config, settings.family)
     if unet.config.in_channels != 4:
-        raise RequestError(f"{path}: its network takes {unet.config.in_channels} channels (expected 4: no inpainting)")
+        raise RequestError(
+            f"{settings.model}: its network takes {unet.config.in_channels} channels (expected 4: no inpainting)"
+        )
     vae = _module(source, "vae", configs, diffusers.AutoencoderKL.from_config, settings.family)
     texts = text_encoders(source, settings)
-    scheduler = read_object(configs / "scheduler" / "scheduler_config.json")
-    networks = Networks(seen.family, unet, vae, texts, scheduler, settings.clip_skip)
+    networks = Networks(str(seen.family), unet, vae, texts, configs.get("scheduler", {}), settings.clip_skip)
     networks.freeze()
     return networks
 
@@ -77,50 +82,81 @@ def build(source: TensorSource, settings: ModelSettings) -> Networks:
 def text_encoders(source: TensorSource, settings: ModelSettings) -> tuple[TextEncoder, ...]:
     """Build the text encoders of an open model alone, in float32, on the CPU; errors as `build`."""
     _, transformers = libraries()
-    path = Path(settings.model)
-    seen = detect(source.specs, family=settings.family)
-    if seen.family not in _TEXT_ENCODERS:
-        raise RequestError(f"{path}: is {seen.family or 'of no known family'} (expected sd1, sd2 or sdxl)")
-    configs = _configs(path, settings)
+    seen = _seen(source, settings)
+    configs = _configs(source, seen, settings)
     texts = []
-    for name in _TEXT_ENCODERS[seen.family]:
+    for name in _TEXT_ENCODERS[str(seen.family)]:
         projected = name == "text_encoder_2"
         make = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
         encoder = _module(
             source, name, configs, lambda c, make=make: make(transformers.CLIPTextConfig(**c)), settings.family
         )
-        folder = _tokenizer(name.replace("text_encoder", "tokenizer"), configs, settings)
+        folder = _tokenizer(name.replace("text_encoder", "tokenizer"), settings)
         texts.append(TextEncoder(encoder, transformers.CLIPTokenizer.from_pretrained(str(folder))))
     return tuple(texts)
 
 
-def _configs(path: Path, settings: ModelSettings) -> Path:
-    """Return the folder that describes the networks."""
-    if settings.model_config is not None:
-        return Path(settings.model_config)
-    if (path / "model_index.json").is_file():
-        return path
-    raise RequestError(
-        f"{path}: nothing describes its networks; give a diffusers folder of such a model with --model-config"
-    )
+def _seen(source: TensorSource, settings: ModelSettings) -> Detection:
+    """Say what a model is.
+
+    Raises:
+        RequestError: it is none that can be trained.
+    """
+    seen = detect(source.specs, family=settings.family)
+    if seen.family not in _TEXT_ENCODERS:
+        raise RequestError(f"{settings.model}: is {seen.family or 'of no known family'} (expected sd1, sd2 or sdxl)")
+    return seen
 
 
-def _tokenizer(name: str, configs: Path, settings: ModelSettings) -> Path:
-    folder = Path(settings.tokenizer) if settings.tokenizer is not None else configs / name
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+def _folder(settings: ModelSettings) -> Path | None:
+    """Return the folder that describes the networks and has their tokenizers; None where the model is a file alone."""
+    folder = Path(settings.model_config or settings.model)
+    return folder if settings.model_config is not None or (folder / INDEX).is_file() else None
+
+
+def _configs(source: TensorSource, seen: Detection, settings: ModelSettings) -> Mapping[str, Config]:
+    """Return the configurations of the networks and of the scheduler, by component.
+
+    A file alone is described by what it carries, and by its family where its sizes are the family's.
+
+    Raises:
+        RequestError: its sizes are others, which leaves open how they are divided.
+    """
+    folder = _folder(settings)
+    if folder is not None:
+        return of_folder(folder, ("unet", "vae", *_TEXT_ENCODERS[str(seen.family)]))
+    came = of_metadata(source.metadata)
+    asked = None if settings.prediction == "auto" else settings.prediction
+    schedule = schedule_of(seen, source, came.get("scheduler", {}), asked)
+    specs = spelled(source, DIFFUSERS, family=settings.family).specs
+    made = folder_configs(str(seen.family), seen.variant, specs, schedule, came)
+    if made.assumed:
         raise RequestError(
-            f"{folder}: holds no vocabulary (expected CLIP's vocab.json and merges.txt; any diffusers folder of Stable "
-            "Diffusion has them in tokenizer/: give that with --tokenizer)"
+            f"{settings.model}: is of unusual sizes, and nothing tells {made.assumed[0]}; give a diffusers folder of such a "
+            "model with --model-config"
         )
-    return folder
+    return {name.partition("/")[0]: json.loads(text) for name, text in made.texts.items() if "/" in name}
 
 
-def _module(source: TensorSource, name: str, configs: Path, make: Any, family: str | None) -> Any:
+def _tokenizer(name: str, settings: ModelSettings) -> Path:
+    folder = _folder(settings)
+    found = Path(settings.tokenizer) if settings.tokenizer is not None else None if folder is None else folder / name
+    if found is None or not any((found / one).is_file() for one in ("tokenizer.json", "vocab.json")):
+        raise RequestError(
+            f"{found or settings.model}: holds no vocabulary (expected CLIP's vocab.json and merges.txt; any diffusers folder of "
+            "Stable Diffusion has them in tokenizer/: give that with --tokenizer)"
+        )
+    return found
+
+
+def _module(source: TensorSource, name: str, configs: Mapping[str, Config], make: Any, family: str | None) -> Any:
     """Build a network without starting values, and give it those of the file."""
     import accelerate
 
+    if name not in configs:
+        raise CorruptFile("has no configuration", path=source.path, key=name, advice="give one with --model-config")
     with accelerate.init_empty_weights():
-        module = make(read_object(configs / name / "config.json"))
+        module = make(dict(configs[name]))
     held = component(source, name, family=family)
     wanted = module.state_dict()
     tensors = {}

@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import sdmerge
 from benchmarks import concept
+from sdmerge.errors import RequestError
 from sdmerge.sampling import Painting, paint
 from sdmerge.train.loading import load
 from sdmerge.train.settings import ModelSettings
@@ -62,6 +64,17 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param) / "model"
     pipeline(request.param).save_pretrained(folder)
     return folder
+
+
+def test_a_single_file_is_described_by_what_it_carries(model: Path, tmp_path: Path) -> None:
+    single = tmp_path / "single.safetensors"
+    sdmerge.convert(model, single, to="single-file")
+    tokenizer = {"tokenizer": str(model / "tokenizer")}
+    one, other = load(ModelSettings(model=str(single), **tokenizer)), load(ModelSettings(model=str(model)))
+    assert (runs.painted(one) - runs.painted(other)).abs().max() < 1e-5
+    assert one.scheduler["prediction_type"] == other.scheduler["prediction_type"]
+    with pytest.raises(RequestError, match="--tokenizer"):
+        load(ModelSettings(model=str(single)))
 
 
 def test_a_lora_is_read_by_diffusers(model: Path, diamonds: Path, tmp_path: Path) -> None:
