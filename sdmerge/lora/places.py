@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from sdformats.adapters import names
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
+from sdformats.layouts import clip
 from sdformats.rule import one
 from sdformats.views import Ref, Stored, halves_swapped, rows
 from sdmerge.errors import MismatchError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from sdformats.tensor import TensorSource
 
 _UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
-_OPEN_CLIP = {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2"}
+_MOST_LAYERS = 32
 _ENCODERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "te1": (
         (
@@ -39,7 +40,6 @@ _ENCODERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "te3": (("text_encoder_3.", "text_encoder_2.", "text_encoders.t5xxl.transformer."), ()),
 }
 """Prefixes of each text encoder's tensors: with transformers' names, and with OpenCLIP's."""
-_QKV = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -158,20 +158,17 @@ def _place(module: str) -> Place:
     return Place(f"{module}.weight", f"{module}.bias")
 
 
+@cache
+def _of_open_clip() -> Mapping[str, tuple[str, int, Rule]]:
+    """Return OpenCLIP's module, and which part of it, by each of ours."""
+    table = clip.open_clip_modules(_MOST_LAYERS)
+    return {path: (theirs, i, rule) for theirs, rule in table.items() for i, path in enumerate(rule.parts)}
+
+
 def _open_clip(prefix: str, rest: str) -> Iterator[Place]:
     """Yield OpenCLIP's names: q, k and v are the rows of one tensor, and the text projection is transposed."""
-    if rest == "text_projection":
-        yield Place(f"{prefix}text_projection", "", transposed=True)
-    parts = rest.split(".", 4)
-    if parts[:3] == ["text_model", "encoder", "layers"] and len(parts) == 5:
-        block, inner = f"{prefix}transformer.resblocks.{parts[3]}.", parts[4]
-        attention, _, name = inner.partition(".")
-        if attention == "self_attn" and name in _QKV:
-            in_proj = f"{block}attn.in_proj_"
-            yield Place(f"{in_proj}weight", f"{in_proj}bias", _QKV.index(name), (1, 1, 1))
-        elif inner == "self_attn.out_proj":
-            yield _place(f"{block}attn.out_proj")
-        elif inner in _OPEN_CLIP:
-            yield _place(block + _OPEN_CLIP[inner])
-    elif rest == "text_model.final_layer_norm":
-        yield _place(f"{prefix}ln_final")
+    if rest in _of_open_clip():
+        theirs, index, rule = _of_open_clip()[rest]
+        ends = {ours: end for end, ours in rule.ends}
+        weight, bias = (prefix + theirs + ends.get(end, end) for end in (".weight", ".bias"))
+        yield Place(weight, bias, index, rule.shares, transposed=rule.transposed)
