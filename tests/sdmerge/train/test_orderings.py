@@ -30,3 +30,11 @@ def test_the_concept_is_learned(name: str, tmp_path: Path) -> None:
     result = train_cases.measure(train_cases.CASES[name], tmp_path)
     assert result.drop > LEAST[name]
     assert result.known[1] < 3 * result.known[0]
+
+
+def test_prior_preservation_lessens_the_drift(tmp_path: Path) -> None:
+    names = ("DreamBooth", "DreamBooth, prior weight 4")
+    alone, beside = (train_cases.measure(train_cases.CASES[name], tmp_path / name) for name in names)
+    assert alone.drop > 0.2
+    assert beside.drop > 0.1
+    assert beside.drift < 0.67 * alone.drift
