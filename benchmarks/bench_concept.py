@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -18,11 +18,17 @@ from torch.nn.functional import mse_loss
 
 import sdmerge
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TINY = EXAMPLES / "tiny"
 sys.path.append(str(EXAMPLES))  # its scripts import each other as they stand
 shapes, training = import_module("shapes"), import_module("training")
 _PICTURES, _DRAWS = 96, 6
+_BOTH = (shapes.NEW_SHAPE,), (shapes.NEW_TEXTURE,)
+_CONCEPTS = {"shape": ((shapes.NEW_SHAPE,), ("",)), "texture": (shapes.BASE_SHAPES, (shapes.NEW_TEXTURE,))}
+"""The shapes and textures of what each fine-tune learned."""
 
 
 @click.command()
@@ -34,35 +40,47 @@ _PICTURES, _DRAWS = 96, 6
 def main(rank: int, layout: str, json_path: Path | None) -> None:
     """Extract, bake, measure, print."""
     warnings.simplefilter("ignore")
-    base, shape, texture = (TINY / f"tiny-{name}.safetensors" for name in ("base", "shape", "texture"))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        lora = folder / "lora.safetensors"
-        sdmerge.extract_lora(shape, base, lora, rank=rank, to=layout)
-        baked, moved = folder / "baked.safetensors", folder / "moved.safetensors"
-        sdmerge.bake(base, [lora], output=baked)
-        sdmerge.bake(texture, [lora], output=moved)
-        stars = {file.stem: _loss(file, shapes.NEW_SHAPE, "") for file in (base, shape, baked)}
-        both = {file.stem: _loss(file, shapes.NEW_SHAPE, shapes.NEW_TEXTURE) for file in (base, texture, moved)}
-        size = lora.stat().st_size
-    gain = stars["tiny-base"] - stars["tiny-shape"]
-    found: dict[str, Any] = {
-        "rank": rank,
-        "layout": layout,
-        "bytes": size,
-        "loss on stars": stars,
-        "gain kept": (stars["tiny-base"] - stars["baked"]) / gain,
-        "loss on striped stars": both,
-        "gain of the texture model": both["tiny-base"] - both["tiny-texture"],
-        "further gain by the baked shape": both["tiny-texture"] - both["moved"],
-    }
+    found = {"rank": rank, "layout": layout} | {name: _measured(name, rank, layout) for name in _CONCEPTS}
     Console().print(found)
     if json_path:
         json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
+def _measured(name: str, rank: int, layout: str) -> dict[str, Any]:
+    """Return what a LoRA of one fine-tune keeps, and what it brings to the other."""
+    other = next(one for one in _CONCEPTS if one != name)
+    base, tuned, others = (TINY / f"tiny-{one}.safetensors" for one in ("base", name, other))
+    with tempfile.TemporaryDirectory() as folder:
+        made = {one: Path(folder) / f"{one}.safetensors" for one in ("fixed", "sized", "baked", "moved")}
+        errors = {}
+        for one, limit in (("fixed", {"rank": rank}), ("sized", {})):
+            size = limit or {"size": made["fixed"].stat().st_size}
+            report = made[one].with_suffix(".json")
+            sdmerge.extract_lora(tuned, base, made[one], **size, to=layout, report=report)
+            errors[one] = json.loads(report.read_text(encoding="utf-8"))["error"]
+        sdmerge.bake(base, [made["fixed"]], output=made["baked"])
+        sdmerge.bake(others, [made["fixed"]], output=made["moved"])
+        losses = {file.stem: _loss(file, *_CONCEPTS[name]) for file in (base, tuned, made["baked"])}
+        sdmerge.bake(base, [made["sized"]], output=made["baked"], overwrite=True)
+        losses["baked by size"] = _loss(made["baked"], *_CONCEPTS[name])
+        both = {file.stem: _loss(file, *_BOTH) for file in (base, others, made["moved"])}
+        nbytes = made["fixed"].stat().st_size
+    gain = losses["tiny-base"] - losses[tuned.stem]
+    return {
+        "bytes": nbytes,
+        "relative error": errors["fixed"],
+        "relative error by size, of as many bytes": errors["sized"],
+        "loss": losses,
+        "gain kept": (losses["tiny-base"] - losses["baked"]) / gain,
+        "gain kept by size": (losses["tiny-base"] - losses["baked by size"]) / gain,
+        "loss on striped stars": both,
+        "gain of the other model": both["tiny-base"] - both[others.stem],
+        "further gain by the baked LoRA": both[others.stem] - both["moved"],
+    }
+
+
 @torch.no_grad()
-def _loss(file: Path, shape: str, texture: str) -> float:
+def _loss(file: Path, kinds: Sequence[str], textures: Sequence[str]) -> float:
     """Return the mean denoising loss on pictures that were never trained on, with the same noise for every model."""
     import diffusers
 
@@ -70,7 +88,7 @@ def _loss(file: Path, shape: str, texture: str) -> float:
         str(file), config=str(TINY / "config"), local_files_only=True, torch_dtype=torch.float32
     )
     rng = np.random.default_rng(90_210)
-    scenes = [shapes.sample(rng, (shape,), (texture,)) for _ in range(_PICTURES)]
+    scenes = [shapes.sample(rng, kinds, textures) for _ in range(_PICTURES)]
     latents = training.encode(pipe.vae, torch.from_numpy(shapes.draw(scenes)))
     context = training.contexts(pipe.text_encoder, pipe.tokenizer, [scene.caption() for scene in scenes]).float()
     noise = torch.Generator().manual_seed(7)

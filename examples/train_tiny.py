@@ -47,8 +47,8 @@ class Lengths:
     vae: int = 1800
     decoder: int = 1600
     clip: int = 1200
-    base: int = 3000
-    tune: int = 600
+    base: int = 12000
+    tune: int = 1600
 
     def scaled(self, share: float) -> Lengths:
         """Return the same lengths, each multiplied by `share`, for trying things out."""
@@ -155,7 +155,7 @@ class Workshop:
                     "texture": (shapes.BASE_SHAPES, (shapes.NEW_TEXTURE,)),
                 }[name]
                 learned = self.latents(name, *concept, self.lengths.concept)
-                settings = {"parts": [(learned, 8), (known, 8)], "steps": self.lengths.tune, "rate": 3e-4}
+                settings = {"parts": [(learned, 8), (known, 8)], "steps": self.lengths.tune, "rate": 1e-4}
                 settings["start"] = self.unet("base")
             model = training.train_unet(**settings, seed=self.seed + 10 + len(name), label=name)
             save_file(model.state_dict(), path)
