@@ -55,6 +55,7 @@ class _Buffer:
 
     def window(self, nbytes: int, dtype: torch.dtype) -> tuple[memoryview, Tensor]:
         """Return the first `nbytes`, as bytes and as numbers."""
+        assert nbytes <= len(self._view), "blocks are no larger than their memory"
         return self._view[:nbytes], self._tensor[:nbytes].view(dtype)
 
 

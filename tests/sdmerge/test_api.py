@@ -119,7 +119,7 @@ def test_normalized_weights(tmp_path: Path, models: list[Path]) -> None:
         ({"weights": (1, -1, 0), "normalize": True}, "add up to 0"),
         ({"weights": (1, 1, 1), "dtype": "int4"}, "dtype is 'int4'"),
         ({"weights": (1, 1, 1), "threads": 0}, "threads is 0"),
-        ({"weights": (1, 1, 1), "output": "out.ckpt"}, "expected a name that ends in .safetensors"),
+        ({"weights": (1, 1, 1), "output": "out.ckpt"}, "expected one that ends in .safetensors"),
     ],
 )
 def test_contradictions_are_named(tmp_path: Path, models: list[Path], arguments: dict[str, object], says: str) -> None:
