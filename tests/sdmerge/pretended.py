@@ -83,7 +83,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, always: bool = False) -> Pretend
     )
     monkeypatch.setattr(lanes, "cuda", found.lanes)
     for module, name, value in (
-        (worker, "BLOCK", 64), (worker, "SUM_BLOCK", 32), (gpu, "BLOCK", 128), (gpu, "BATCH", 2000), (gpu, "_PIECE", 96), (gpu, "_SMALLEST", 16),
+        (worker, "BLOCK", 64), (worker, "SUM_BLOCK", 32),
+        (gpu, "BLOCK", 128), (gpu, "BATCH", 2000), (gpu, "_PIECE", 96), (gpu, "_SMALLEST", 16),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     return found
