@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -54,6 +53,8 @@ def build(folder: Path | None = None) -> Path | None:
 
 def _compiler() -> list[str]:
     """Return the command of a C compiler like gcc or clang: what CC says, Python's own, or a usual one; [] for none."""
+    import shlex  # only who compiles needs it
+
     wishes = (os.environ.get("CC"), sysconfig.get_config_var("CC"), "cc", "gcc", "clang")
     for wish in wishes:
         command = shlex.split(wish) if isinstance(wish, str) else []
