@@ -10,9 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -35,6 +33,8 @@ def build(folder: Path | None = None) -> Path | None:
 
     None: this is no machine for it, or there is no compiler that can make it. Nothing is lost but speed.
     """
+    import subprocess
+
     target, compiler = library(folder), _compiler()
     if platform.machine().lower() not in _MACHINES or not compiler:
         return None
@@ -53,7 +53,8 @@ def build(folder: Path | None = None) -> Path | None:
 
 def _compiler() -> list[str]:
     """Return the command of a C compiler like gcc or clang: what CC says, Python's own, or a usual one; [] for none."""
-    import shlex  # only who compiles needs it
+    import shlex  # only who compiles needs these
+    import sysconfig
 
     wishes = (os.environ.get("CC"), sysconfig.get_config_var("CC"), "cc", "gcc", "clang")
     for wish in wishes:
