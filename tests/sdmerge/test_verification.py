@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import sdmerge
 from sdmerge import methods as _registered  # noqa: F401 - registers them
-from sdmerge import run, worker
+from sdmerge import worker
 from sdmerge.errors import MismatchError, RequestError
 from sdmerge.method import METHODS
 from tests.sdmerge import toys
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "BLOCK", 64)
     monkeypatch.setattr(worker, "SUM_BLOCK", 32)
-    monkeypatch.setattr(run, "RUN", 128)
+    monkeypatch.setattr(worker, "RUN", 128)
 
 
 @pytest.fixture
