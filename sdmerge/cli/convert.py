@@ -7,7 +7,7 @@ from typing import Any, get_args
 import click
 
 from sdmerge.cli import options
-from sdmerge.options import Form, Only, Prediction
+from sdmerge.options import Form, Only
 
 _CHOSEN = (
     *("to", "allow_loss", "adapter_config", "base"),
@@ -32,12 +32,7 @@ _CHOSEN = (
     "what it is (aesthetic, embedding, ...).",
 )
 @click.option("--allow-loss", is_flag=True, help="Leave out what the layout cannot hold, and say so.")
-@click.option(
-    "--adapter-config",
-    type=click.Path(),
-    metavar="FILE",
-    help="PEFT's adapter_config.json, where it is not beside the file.",
-)
+@options.ADAPTER_CONFIG
 @click.option(
     "--base",
     type=click.Path(),
@@ -55,18 +50,7 @@ _CHOSEN = (
 @click.option(
     "--only", type=click.Choice(get_args(Only)), help="For models: write one part (unet is a transformer, too)."
 )
-@click.option("--shard-size", metavar="SIZE", help="For diffusers folders: bytes in a file, at most, as 5GB.")
-@click.option(
-    "--prediction",
-    type=click.Choice(get_args(Prediction)),
-    help="For diffusers folders: what the model predicts, where nothing in it tells.",
-)
-@click.option(
-    "--tokenizer",
-    type=click.Path(),
-    metavar="DIR",
-    help="For diffusers folders: take tokenizers from here, a diffusers folder or a tokenizer's own.",
-)
+@options.folder_options
 @options.output_options  # fmt: skip
 def convert(source: str, output: str, wanted: str | None, as_json: bool, **given: Any) -> None:
     """Write a model as one file or as a diffusers folder; adapters, embeddings, small files in other layouts."""

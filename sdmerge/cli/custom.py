@@ -8,7 +8,6 @@ import click
 
 from sdmerge.cli import options
 
-_OUTPUT = click.option("-o", "--output", required=True, type=click.Path(), help="Where to write.")
 _BASE = click.option("--base", required=True, type=click.Path(), metavar="MODEL", help="The model that it is for.")
 _TO = click.option("--to", metavar="FORM", help="original, delta or diffusers. Default: the input's.")
 
@@ -16,12 +15,9 @@ _TO = click.option("--to", metavar="FORM", help="original, delta or diffusers. D
 @click.command("compress-custom")
 @click.argument("delta", type=click.Path())
 @_BASE
-@click.option("--rank", type=click.IntRange(1), metavar="R", help="The rank of every matrix.")
-@click.option("--size", metavar="10MB", help="The size of the file: ranks are chosen for the least error in it.")
-@click.option("--energy", type=float, metavar="E", help="Keep this share of each matrix's squared singular values.")
-@click.option("--error", type=float, metavar="E", help="Keep each matrix's relative error below this.")
+@options.limits("matrix", "10MB")
 @_TO
-@_OUTPUT
+@options.OUTPUT
 @options.output_options
 def compress_custom(delta: str, output: str, as_json: bool, **given: Any) -> None:
     """Compress a Custom Diffusion delta, with the least error."""
@@ -41,15 +37,10 @@ def compress_custom(delta: str, output: str, as_json: bool, **given: Any) -> Non
     metavar="FILE",
     help="Captions of what is to stay, one a line. Default: 200 of ours.",
 )
-@click.option(
-    "--model-config",
-    type=click.Path(),
-    metavar="DIR",
-    help="A diffusers folder that describes a single file's networks.",
-)
-@click.option("--tokenizer", type=click.Path(), metavar="DIR", help="A folder with CLIP's vocabulary.")
+@options.MODEL_CONFIG
+@options.TOKENIZER
 @_TO
-@_OUTPUT
+@options.OUTPUT
 @options.output_options
 def merge_custom(deltas: tuple[str, ...], output: str, as_json: bool, **given: Any) -> None:
     """Merge the concepts of several Custom Diffusion deltas, in closed form.

@@ -34,11 +34,8 @@ class _Share(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gener
 @click.command("extract-lora")
 @click.argument("tuned", type=click.Path())
 @click.argument("base", type=click.Path())
-@click.option("-o", "--output", required=True, type=click.Path(), help="Where to write.")
-@click.option("--rank", type=click.IntRange(1), metavar="R", help="The rank of every layer. Default: 64.")
-@click.option("--size", metavar="64MB", help="The size of the file: ranks are chosen for the least error in it.")
-@click.option("--energy", type=float, metavar="E", help="Keep this share of each layer's squared singular values.")
-@click.option("--error", type=float, metavar="E", help="Keep each layer's relative error below this.")
+@options.OUTPUT
+@options.limits("layer", "64MB", default="64")
 @click.option("--conv-rank", type=click.IntRange(1), metavar="R", help="The rank of convolutions, where it is another.")
 @click.option(
     "--conv",

@@ -16,16 +16,13 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound="Callable[..., Any]")
 
 _LIMITS = (
-    click.option("--rank", type=click.IntRange(1), metavar="R", help="The rank of every module."),
-    click.option("--size", metavar="64MB", help="The size of the file: ranks are chosen for the least error in it."),
-    click.option("--energy", type=float, metavar="E", help="Keep this share of each module's squared singular values."),
-    click.option("--error", type=float, metavar="E", help="Keep each module's relative error below this."),
+    options.limits("module", "64MB"),
     click.option(
         "--to", metavar="LAYOUT", help="The layout to write; `sdmerge layouts` lists them. Default: the input's."
     ),
     click.option("--report", type=click.Path(), metavar="FILE", help="Write each module's rank and error, as JSON."),
     click.option("--plot", type=click.Path(), metavar="FILE", help="Paint ranks and energy over the modules, as PNG."),
-    click.option("-o", "--output", required=True, type=click.Path(), help="Where to write."),
+    options.OUTPUT,
 )
 _CHOSEN = ("output", "rank", "size", "energy", "error", "to", "report", "plot")
 
@@ -39,12 +36,7 @@ def _limits(function: F) -> F:
 @click.command("resize-lora")
 @click.argument("lora", type=click.Path())
 @_limits
-@click.option(
-    "--adapter-config",
-    type=click.Path(),
-    metavar="FILE",
-    help="PEFT's adapter_config.json, where it is not beside the file.",
-)
+@options.ADAPTER_CONFIG
 @options.output_options
 def resize_lora(lora: str, as_json: bool, **given: Any) -> None:
     """Give an adapter smaller ranks, with the least error."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from sdmerge.cli import screen
-from sdmerge.options import OUTPUT_TYPES, Ema, Missing, OptionFields, Overflow
+from sdmerge.options import OUTPUT_TYPES, Ema, Missing, OptionFields, Overflow, Prediction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,6 +30,22 @@ FOR = click.option(
     metavar="FAMILY",
     help="Refuse an embedding that is for another family: sd1, sd2, sdxl, sd3, flux.",
 )
+OUTPUT = click.option("-o", "--output", required=True, type=click.Path(), help="Where to write.")
+ADAPTER_CONFIG = click.option(
+    "--adapter-config",
+    type=click.Path(),
+    metavar="FILE",
+    help="PEFT's adapter_config.json, where it is not beside the file.",
+)
+TOKENIZER = click.option(
+    "--tokenizer", type=click.Path(), metavar="DIR", help="A folder with CLIP's vocabulary, for a single file."
+)
+MODEL_CONFIG = click.option(
+    "--model-config",
+    type=click.Path(),
+    metavar="DIR",
+    help="A diffusers folder that describes a file of unusual widths.",
+)
 QUIET = click.option("--quiet", is_flag=True, help="Say nothing but results, warnings and errors.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")
 _OUTPUT = (
@@ -48,6 +64,13 @@ _OUTPUT = (
     QUIET,
     AS_JSON,
 )  # fmt: skip
+_FOLDER = (
+    click.option("--shard-size", metavar="SIZE", help="For diffusers folders: bytes in a file, at most, as 5GB."),
+    click.option("--prediction", type=click.Choice(get_args(Prediction)),
+                 help="For diffusers folders: what the model predicts, where nothing in it tells."),
+    click.option("--tokenizer", type=click.Path(), metavar="DIR",
+                 help="For diffusers folders: take tokenizers from here, a diffusers folder or a tokenizer's own."),
+)  # fmt: skip
 _MERGE = (
     click.option("--missing", type=click.Choice(get_args(Missing)), default="keep", show_default=True,
                  help="A tensor of A that another model lacks: keep A's value, leave it out, or stop."),
@@ -60,6 +83,37 @@ def output_options(function: F) -> F:
     for option in reversed(_OUTPUT):
         function = option(function)
     return function
+
+
+def folder_options(function: F) -> F:
+    """Add what every command has that may write a diffusers folder."""
+    for option in reversed(_FOLDER):
+        function = option(function)
+    return function
+
+
+def limits(what: str, size: str, *, default: str = "") -> Callable[[F], F]:
+    """Return what adds the ways to say how small factors are to be.
+
+    Args:
+        what: what has a rank of its own: layer, module, matrix.
+        size: an example of a file's size.
+        default: the rank where none is asked for.
+    """
+    added = (
+        click.option("--rank", type=click.IntRange(1), metavar="R",
+                     help=f"The rank of every {what}.{default and f' Default: {default}.'}"),
+        click.option("--size", metavar=size, help="The size of the file: ranks are chosen for the least error in it."),
+        click.option("--energy", type=float, metavar="E", help=f"Keep this share of each {what}'s squared singular values."),
+        click.option("--error", type=float, metavar="E", help=f"Keep each {what}'s relative error below this."),
+    )  # fmt: skip
+
+    def add(function: F) -> F:
+        for option in reversed(added):
+            function = option(function)
+        return function
+
+    return add
 
 
 def merge_options(function: F) -> F:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import click
 
 from sdmerge.cli import options
-from sdmerge.options import Prediction
 
 
 @click.command("split")
@@ -25,13 +24,7 @@ def split(model: str, folder: str, as_json: bool, **given: Any) -> None:
 @click.argument("parts", nargs=-1, required=True, metavar="[COMPONENT=]PART ...")
 @click.option("-o", "--output", required=True, type=click.Path(), help="A file, or a folder in diffusers' layout.")
 @click.option("--to", metavar="LAYOUT", help="single-file or diffusers. Default: as the output's name ends.")
-@click.option("--shard-size", metavar="SIZE", help="For diffusers folders: bytes in a file, at most, as 5GB.")
-@click.option(
-    "--prediction",
-    type=click.Choice(get_args(Prediction)),
-    help="For diffusers folders: what the model predicts, where nothing in it tells.",
-)
-@click.option("--tokenizer", type=click.Path(), metavar="DIR", help="For diffusers folders: take tokenizers from here.")
+@options.folder_options
 @options.output_options  # fmt: skip
 def join(parts: tuple[str, ...], output: str, as_json: bool, **given: Any) -> None:
     """Put a model together from components; a later part takes the place of what is there."""

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.formats.pickle_oracle import same
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -50,6 +52,19 @@ def trained(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 def vector(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return a word."""
     return (0.3 * torch.randn(48, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+WORDS = {"<new1>": vector(1), "<new2>": vector(2)}
+
+
+def output(folder: Path, form: str, name: str) -> Path:
+    """Return where a delta of a form is written: a folder or a file."""
+    return folder / (name if form == "diffusers" else f"{name}.bin")
+
+
+def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Say whether two deltas' weights or words are the same, bit for bit and in type."""
+    return same(dict(sorted(one.items())), dict(sorted(other.items())))
 
 
 def original(weights: Mapping[str, Tensor], words: Mapping[str, Tensor]) -> dict[str, Any]:

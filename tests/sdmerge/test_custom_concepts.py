@@ -21,7 +21,9 @@ from tests.sdmerge import toys
 from tests.sdmerge.custom_deltas import (
     MODEL,
     TINY,
+    WORDS,
     base,
+    equal,
     load,
     names,
     save,
@@ -34,16 +36,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-
-WORDS = {"<new1>": vector(1), "<new2>": vector(2)}
-
-
-def output(folder: Path, form: str, name: str) -> Path:
-    return folder / (name if form == "diffusers" else f"{name}.bin")
-
-
-def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return same(dict(sorted(one.items())), dict(sorted(other.items())))
 
 
 class TestCompression:

@@ -19,10 +19,13 @@ from tests.sdmerge.custom_deltas import (
     FORMS,
     MODEL,
     TINY,
+    WORDS,
     base,
     delta,
+    equal,
     load,
     original,
+    output,
     processors,
     save,
     trained,
@@ -34,16 +37,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-
-WORDS = {"<new1>": vector(1), "<new2>": vector(2)}
-
-
-def output(folder: Path, form: str, name: str) -> Path:
-    return folder / (name if form == "diffusers" else f"{name}.bin")
-
-
-def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return same(dict(sorted(one.items())), dict(sorted(other.items())))
 
 
 class TestForms:
