@@ -60,7 +60,7 @@ class Log:
         text = "".join(json.dumps(line) + "\n" for line in kept)
         (folder / LINES).write_text(text, encoding="utf-8")
         self._file = (folder / LINES).open("a", encoding="utf-8")
-        self._board = _board(folder)
+        self._board = _board(folder, step)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Take down a step."""
@@ -94,12 +94,13 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _board(folder: Path) -> Any:
+def _board(folder: Path, step: int) -> Any:
+    """Return a writer for TensorBoard, which is to forget what it was told of later steps; None where it is not here."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def _curve(path: Path, losses: list[tuple[int, float]]) -> None:

@@ -26,7 +26,7 @@ def optimizer_for(trained: Trained, settings: OptimizerSettings) -> Optimizer:
     """Return the optimizer, with a group of parameters for each learning rate.
 
     Raises:
-        RequestError: it needs a package that is not here.
+        RequestError: it needs a package that is not here, or cannot have several rates.
     """
     groups: dict[float, list[Parameter]] = {}
     for name, parameter in trained.parameters.items():
@@ -35,6 +35,8 @@ def optimizer_for(trained: Trained, settings: OptimizerSettings) -> Optimizer:
     given = [{"params": members, "lr": settings.lr * rate, "rate": rate} for rate, members in groups.items()]
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(given, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    if settings.optimizer == "prodigy" and len(groups) > 1:
+        raise RequestError("prodigy finds one rate for all that is trained (expected --text-lr to be the same as --lr)")
     package, name = _ELSEWHERE[settings.optimizer]
     try:
         make: Callable[..., Any] = getattr(__import__(package, fromlist=[name]), name)

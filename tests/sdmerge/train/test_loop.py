@@ -104,12 +104,13 @@ def test_two_processes_do_what_one_does(toy: Path, diamonds: Path, tmp_path: Pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     # Adam makes a whole step of a gradient that is all rounding, so losses are compared, not weights.
-    first, second = (_losses(tmp_path / f"{name}.safetensors.run") for name in ("one", "two"))
+    first, second = (losses(tmp_path / f"{name}.safetensors.run") for name in ("one", "two"))
     assert first == pytest.approx(second, rel=1e-4)
     assert done.stderr.count("two.safetensors: ") == 1
 
 
-def _losses(folder: Path) -> list[float]:
+def losses(folder: Path) -> list[float]:
+    """Return what a run's log says, step by step."""
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
@@ -164,3 +165,22 @@ def test_exports_on_the_way(toy: Path, diamonds: Path, tmp_path: Path) -> None:
     runs.trained("lora", toy, diamonds, tmp_path / "o.safetensors", steps=4, export_every=2, **SMALL)
     runs.trained("lora", toy, diamonds, tmp_path / "p.safetensors", steps=2, **SMALL)
     assert same(tmp_path / "o-000002.safetensors", tmp_path / "p.safetensors")
+
+
+def test_tensorboard_reads_the_losses_of_a_run_that_was_resumed(toy: Path, diamonds: Path, tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    output = tmp_path / "o.safetensors"
+    run = runs.trained("lora", toy, diamonds, output, steps=3, save_every=2, keep=2, **SMALL)
+    assert_board(accumulators, run.folder, [1, 2, 3])
+    output.unlink()
+    (run.folder / "state-00000003.safetensors").unlink()
+    runs.trained("lora", toy, diamonds, output, steps=4, resume=True, **SMALL)
+    assert_board(accumulators, run.folder, [1, 2, 3, 4])
+
+
+def assert_board(accumulators: Any, folder: Path, steps: list[int]) -> None:
+    """Have TensorBoard's own reader read what a run left, and compare it with the run's log."""
+    found = accumulators.EventAccumulator(str(folder / "tensorboard")).Reload()
+    scalars = found.Scalars("loss")
+    assert [one.step for one in scalars] == steps
+    assert [one.value for one in scalars] == pytest.approx(losses(folder), rel=1e-6)

@@ -1,6 +1,10 @@
-"""The course of the learning rate, groups of parameters, and the average of the weights."""
+"""Optimizers, the course of the learning rate, groups of parameters, and the average of the weights."""
 
 from __future__ import annotations
+
+import statistics
+import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -10,6 +14,14 @@ from sdmerge.errors import RequestError
 from sdmerge.train.method import Trained
 from sdmerge.train.optimizers import Average, optimizer_for, rate_at, set_rate
 from sdmerge.train.settings import OptimizerSettings
+from tests.sdmerge.train import runs
+from tests.sdmerge.train.test_loop import losses, same
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+RATES = {"adamw8bit": 3e-3, "prodigy": 1.0}
 
 
 def test_rates_over_the_steps() -> None:
@@ -35,13 +47,35 @@ def test_parameters_with_rates_of_their_own() -> None:
     torch.testing.assert_close(parameters["b"].detach(), torch.full((2,), 0.9))
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", "prodigy"])
-def test_optimizers_that_are_not_here_are_named(name: str) -> None:
-    package = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[name]
-    if __import__("importlib.util").util.find_spec(package) is not None:
-        pytest.skip(f"{package} is here")
-    with pytest.raises(RequestError, match=package):
+@pytest.mark.parametrize(("name", "package"), [*PACKAGES.items()])
+def test_optimizers_that_are_not_here_are_named(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(RequestError, match=f"needs {package}.*pip install"):
         optimizer_for(Trained({"a": Parameter(torch.ones(1))}), OptimizerSettings(optimizer=name))
+
+
+@pytest.mark.parametrize(("name", "package"), [*PACKAGES.items()])
+def test_other_optimizers_train_and_go_on_where_they_stopped(
+    name: str, package: str, toy: Path, diamonds: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip(package)
+    values: dict[str, Any] = {"rank": 16, "targets": "attention", "lr": RATES[name], "batch": 8, "optimizer": name}
+    straight, halting = tmp_path / "straight.safetensors", tmp_path / "halting.safetensors"
+    run = runs.trained("lora", toy, diamonds, straight, steps=20, **values)
+    said = losses(run.folder)
+    assert statistics.mean(said[-6:]) < 0.8 * statistics.mean(said[:6])
+    assert "torch" not in type(run.optimizer.optimizer).__module__
+    runs.trained("lora", toy, diamonds, halting, steps=8, save_every=8, **values)
+    halting.unlink()
+    again = runs.trained("lora", toy, diamonds, halting, steps=20, resume=True, **values)
+    assert "going on after step 8" in again.tell.notes  # type: ignore[attr-defined]
+    assert same(straight, halting)
+
+
+def test_prodigy_is_told_of_one_rate_only() -> None:
+    parameters = {name: Parameter(torch.ones(2)) for name in "ab"}
+    with pytest.raises(RequestError, match="--text-lr"):
+        optimizer_for(Trained(parameters, {"b": 0.5}), OptimizerSettings(optimizer="prodigy", lr=1.0))
 
 
 def test_the_average_follows_the_weights_and_can_stand_in_for_them() -> None:
