@@ -161,7 +161,7 @@ def fast(layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """Do what `reference` does: two launches for all layers that share the types of weight, output and factors."""
     for inputs in (False, True):
         chosen = [layer for layer in layers if layer.parts[0].inputs == inputs]
-        for group in in_groups(chosen, _factors, _laid_out, _one):
+        for group in in_groups(chosen, _factors, _laid_out, reference):
             _launch(group, inputs=inputs)
     return tuple(layer.out for layer in layers)
 

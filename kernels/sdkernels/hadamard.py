@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdkernels.cast import accumulator
 from sdkernels.dot import dot
 from sdkernels.kernel import Case, Kernel, tl, triton
 from sdkernels.philox import key
-from sdkernels.table import Layer, address, elements, in_groups, locate, rounded, store, table, weight_of
+from sdkernels.table import Layer, address, elements, in_groups, locate, store, summed, table, weight_of
 
 _TILE = (64, 64)
 _LARGE = 1280
@@ -45,16 +44,12 @@ def reference(layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     Args:
         layers: whose parts are `Hadamard`s; sums are in float32 (float64 where an input is).
     """
-    return tuple(_one(layer) for layer in layers)
+    return summed(layers, _factors, _add)
 
 
-def _one(layer: Layer) -> Tensor:
-    wide = accumulator(layer.weight.dtype, *(x.dtype for part in layer.parts for x in part[:4]))
-    total = layer.weight.to(wide, copy=True)
-    for part in layer.parts:
-        a1, b1, a2, b2 = (x.to(wide) for x in part[:4])
-        total[part.first : part.first + a1.shape[0]].addcmul_(a1 @ b1, a2 @ b2, value=part.scale)
-    return rounded(total, layer)
+def _add(total: Tensor, part: Hadamard, factors: tuple[Tensor, ...]) -> None:
+    a1, b1, a2, b2 = factors
+    total[: a1.shape[0]].addcmul_(a1 @ b1, a2 @ b2, value=part.scale)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -107,7 +102,7 @@ def _bake_kernel(  # type: ignore[no-untyped-def]
 
 def fast(layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """Do what `reference` does: one launch for all layers that share the types of weight, output and factors."""
-    for group in in_groups(layers, _factors, _laid_out, _one):
+    for group in in_groups(layers, _factors, _laid_out, reference):
         parts = [part for layer in group.layers for part in layer.parts]
         entries = [
             (*(x.data_ptr() for x in part[:4]), part.a1.shape[1], part.a2.shape[1], part.first, part.a1.shape[0])

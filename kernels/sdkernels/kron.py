@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdkernels.cast import accumulator
 from sdkernels.kernel import Case, Kernel, tl, triton
 from sdkernels.philox import key
-from sdkernels.table import Layer, address, elements, in_groups, locate, rounded, store, table, weight_of
+from sdkernels.table import Layer, address, elements, in_groups, locate, store, summed, table, weight_of
 
 _TILE = (32, 128)
 _LARGE = 1280
@@ -42,16 +41,13 @@ def reference(layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     Args:
         layers: whose parts are `Kronecker`s; sums are in float32 (float64 where an input is).
     """
-    return tuple(_one(layer) for layer in layers)
+    return summed(layers, _factors, _add)
 
 
-def _one(layer: Layer) -> Tensor:
-    wide = accumulator(layer.weight.dtype, *(x.dtype for part in layer.parts for x in part[:2]))
-    total = layer.weight.to(wide, copy=True)
-    for part in layer.parts:
-        made = torch.kron(part.w1.to(wide) * part.scale, part.w2.to(wide))
-        total[part.first : part.first + made.shape[0]] += made
-    return rounded(total, layer)
+def _add(total: Tensor, part: Kronecker, factors: tuple[Tensor, ...]) -> None:
+    w1, w2 = factors
+    made = torch.kron(w1 * part.scale, w2)
+    total[: made.shape[0]] += made
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -80,7 +76,7 @@ def _bake_kernel(  # type: ignore[no-untyped-def]
 
 def fast(layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """Do what `reference` does: one launch for all layers that share the types of weight, output and factors."""
-    for group in in_groups(layers, _factors, _laid_out, _one):
+    for group in in_groups(layers, _factors, _laid_out, reference):
         parts = [part for layer in group.layers for part in layer.parts]
         entries = [
             (

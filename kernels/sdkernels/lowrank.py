@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdkernels.cast import accumulator
 from sdkernels.dot import dot
 from sdkernels.kernel import Case, Kernel, tl, triton
 from sdkernels.philox import key
-from sdkernels.table import Layer, elements, in_groups, locate, rounded, store, table, weight_of
+from sdkernels.table import Layer, elements, in_groups, locate, store, summed, table, weight_of
 
 _TILE, _TILE_BY_CHANCE = (128, 128), (64, 64)
 _RANK = 64
@@ -44,16 +43,12 @@ def reference(layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     Args:
         layers: whose parts are `Product`s; sums are in float32 (float64 where an input is).
     """
-    return tuple(_one(layer) for layer in layers)
+    return summed(layers, _factors, _add)
 
 
-def _one(layer: Layer) -> Tensor:
-    wide = accumulator(layer.weight.dtype, *(x.dtype for part in layer.parts for x in part[:2]))
-    total = layer.weight.to(wide, copy=True)
-    for part in layer.parts:
-        rows = total[part.first : part.first + part.up.shape[0]]
-        rows.addmm_(part.up.to(wide), part.down.to(wide), alpha=part.scale)
-    return rounded(total, layer)
+def _add(total: Tensor, part: Product, factors: tuple[Tensor, ...]) -> None:
+    up, down = factors
+    total[: up.shape[0]].addmm_(up, down, alpha=part.scale)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -110,7 +105,7 @@ def _bake_kernel(  # type: ignore[no-untyped-def]
 
 def fast(layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """Do what `reference` does: one launch for all layers that share the types of weight, output and factors."""
-    for group in in_groups(layers, _factors, laid_out, _one):
+    for group in in_groups(layers, _factors, laid_out, reference):
         rows, columns = _TILE if group.layers[0].key is None else _TILE_BY_CHANCE  # random numbers take registers
         ranks = in_steps([layer.parts for layer in group.layers], group.layers[0].weight.device)
         grid = table(group, ranks.counts, rows, columns)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdkernels.cast import narrow
+from sdkernels.cast import accumulator, narrow
 from sdkernels.dot import widened
 from sdkernels.kernel import programs_of, tl, triton
 from sdkernels.philox import Key, seed_of
@@ -41,6 +41,27 @@ class Layer(NamedTuple):
 def rounded(value: Tensor, layer: Layer) -> Tensor:
     """Round a layer's result, in float32 or float64, into its output."""
     return narrow(value, layer.out) if layer.key is None else stochastic(value, layer.out, layer.key)
+
+
+def summed(
+    layers: Sequence[Layer],
+    factors: Callable[[Any], tuple[Tensor, ...]],
+    add: Callable[[Tensor, Any, tuple[Tensor, ...]], object],
+) -> tuple[Tensor, ...]:
+    """Return each layer's output, after rounding the sum of its weight and its parts into it: what kernels are compared with.
+
+    Args:
+        layers: any; sums are in float32 (float64 where an input is).
+        factors: returns the tensors of a part.
+        add: adds to the rows of a sum that a part is on [rows, columns] the part, whose tensors it gets in the sum's type.
+    """
+    for layer in layers:
+        wide = accumulator(layer.weight.dtype, *(x.dtype for part in layer.parts for x in factors(part)))
+        total = layer.weight.to(wide, copy=True)
+        for part in layer.parts:
+            add(total[part.first :], part, tuple(x.to(wide) for x in factors(part)))
+        rounded(total, layer)
+    return tuple(layer.out for layer in layers)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -163,7 +184,7 @@ def in_groups(
     layers: Iterable[Layer],
     factors: Callable[[Any], tuple[Tensor, ...]],
     laid_out: Callable[[Any, torch.dtype], Any],
-    alone: Callable[[Layer], object],
+    alone: Callable[[Sequence[Layer]], object],
 ) -> Iterator[Group]:
     """Yield layers in groups, in a fixed order.
 
@@ -174,14 +195,14 @@ def in_groups(
         layers: any.
         factors: returns the tensors of a part.
         laid_out: returns a part with tensors of a type, row after row in memory.
-        alone: computes a layer that no launch can take: one with float64.
+        alone: computes layers that no launch can take: those with float64.
     """
     groups: dict[tuple[Any, ...], Group] = {}
     unfinished: list[tuple[Layer, Tensor]] = []
     for layer in layers:
         found = {x.dtype for part in layer.parts for x in factors(part)}
         if torch.float64 in (layer.weight.dtype, layer.out.dtype, *found):
-            alone(layer)
+            alone((layer,))
         elif layer.weight.numel():
             factor = found.pop() if len(found) == 1 and found <= _TYPES else torch.float32
             made = _fitted(layer, tuple(laid_out(part, factor) for part in layer.parts))

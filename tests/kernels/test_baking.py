@@ -93,7 +93,7 @@ def test_rows_of_zeros_stay() -> None:
 
 def grouped(layers: list[Layer]) -> list[table.Group]:
     alone: list[Layer] = []
-    groups = list(table.in_groups(layers, lambda part: part[:2], lowrank.laid_out, alone.append))
+    groups = list(table.in_groups(layers, lambda part: part[:2], lowrank.laid_out, alone.extend))
     assert sum(len(group.layers) for group in groups) + len(alone) == len([x for x in layers if x.weight.numel()])
     return groups
 
