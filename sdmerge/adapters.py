@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["bake", "extract_lora", "merge_lora", "resize_lora"]
 
+_RANK = 64
+"""Of an extraction without a bound."""
+
 
 def bake(
     model: PathLike,
@@ -100,25 +103,22 @@ def extract_lora(
     Raises:
         See `convert`.
     """
-    from sdmerge.lora.budget import Limit
     from sdmerge.lora.extract import Extraction, extract
-    from sdmerge.sizes import parse_size
 
     bounded = any(one is not None for one in (rank, size, energy, error))
-    first = _limit(rank if bounded else 64, size, energy, error)
-    more = [(Path(path), Limit(size=parse_size(wanted))) for path, wanted in (also or {}).items()]
+    first = (Path(output), _limit(rank if bounded else _RANK, size, energy, error))
     wanted = Extraction(
         tuned=Path(tuned),
         base=Path(base),
-        outputs=((Path(output), first), *more),
+        outputs=(first, *((Path(path), _limit(size=wanted)) for path, wanted in (also or {}).items())),
         conv_rank=conv_rank,
         conv=conv,
         to=to,
         tolerance=tolerance,
         text_encoders=text_encoders,
         clamp=clamp,
-        report=None if report is None else Path(report),
-        plot=None if plot is None else Path(plot),
+        report=_path(report),
+        plot=_path(plot),
     )
     return extract(wanted, Options(**options))
 
@@ -164,9 +164,9 @@ def resize_lora(
         how="svd",
         limit=_limit(rank, size, energy, error),
         to=to,
-        report=None if report is None else Path(report),
-        plot=None if plot is None else Path(plot),
-        adapter_config=None if adapter_config is None else Path(adapter_config),
+        report=_path(report),
+        plot=_path(plot),
+        adapter_config=_path(adapter_config),
         resizes=True,
     )
     return combine(wanted, Path(output), Options(**options))
@@ -212,14 +212,20 @@ def merge_lora(
         limit=_limit(rank, size, energy, error),
         parameters=parameters or {},
         to=to,
-        report=None if report is None else Path(report),
-        plot=None if plot is None else Path(plot),
+        report=_path(report),
+        plot=_path(plot),
     )
     return combine(wanted, Path(output), Options(**options))
 
 
-def _limit(rank: int | None, size: int | str | None, energy: float | None, error: float | None) -> Limit:
+def _limit(
+    rank: int | None = None, size: int | str | None = None, energy: float | None = None, error: float | None = None
+) -> Limit:
     from sdmerge.lora.budget import Limit
     from sdmerge.sizes import parse_size
 
     return Limit(rank=rank, size=None if size is None else parse_size(size), energy=energy, error=error)
+
+
+def _path(given: PathLike | None) -> Path | None:
+    return None if given is None else Path(given)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
+    from sdmerge.embedding.write import Wanted
     from sdmerge.execute import Report
 
     PathLike = str | os.PathLike[str]
@@ -45,7 +46,6 @@ def mix_embeddings(
         as `convert`; MismatchError where they do not fit together.
     """
     from sdmerge.embedding.combine import Mix, mix
-    from sdmerge.embedding.write import Wanted
 
     if len(embeddings) < 2:
         raise RequestError("one embedding is no mix (expected two or more)")
@@ -57,8 +57,7 @@ def mix_embeddings(
         raise RequestError("the weights add up to nothing (expected a sum to divide them by)")
     weights = tuple(float(weight / total if normalize else weight) for _, weight in pairs)
     how = Mix(weights=weights, pad=pad, keep_norm=keep_norm)
-    wanted = Wanted(to=to, token=token, family=for_family)
-    return mix([Path(path) for path, _ in pairs], how, Path(output), wanted, Options(**options))
+    return mix([Path(path) for path, _ in pairs], how, Path(output), _wanted(to, token, for_family), Options(**options))
 
 
 def stack_embeddings(
@@ -80,12 +79,10 @@ def stack_embeddings(
         as `mix_embeddings`.
     """
     from sdmerge.embedding.combine import stack
-    from sdmerge.embedding.write import Wanted
 
     if len(embeddings) < 2:
         raise RequestError("one embedding is no stack (expected two or more)")
-    wanted = Wanted(to=to, token=token, family=for_family)
-    return stack([Path(path) for path in embeddings], Path(output), wanted, Options(**options))
+    return stack([Path(path) for path in embeddings], Path(output), _wanted(to, token, for_family), Options(**options))
 
 
 def slice_embedding(
@@ -111,12 +108,10 @@ def slice_embedding(
         as `convert`.
     """
     from sdmerge.embedding.combine import slice_embedding as cut
-    from sdmerge.embedding.write import Wanted
 
     if vectors is None and word is None:
         raise RequestError("nothing is chosen (expected vectors, as 0:4, or a word)")
-    wanted = Wanted(to=to, token=token, family=for_family)
-    return cut(Path(source), vectors, word, Path(output), wanted, Options(**options))
+    return cut(Path(source), vectors, word, Path(output), _wanted(to, token, for_family), Options(**options))
 
 
 def extract_embeddings(
@@ -140,10 +135,8 @@ def extract_embeddings(
         as `convert`.
     """
     from sdmerge.embedding.bundle import extract
-    from sdmerge.embedding.write import Wanted
 
-    wanted = Wanted(to=to, token=token, family=for_family)
-    return extract(Path(adapter), word, Path(output), wanted, Options(**options))
+    return extract(Path(adapter), word, Path(output), _wanted(to, token, for_family), Options(**options))
 
 
 def bundle_embeddings(
@@ -168,9 +161,14 @@ def bundle_embeddings(
         as `convert`.
     """
     from sdmerge.embedding.bundle import bundle
-    from sdmerge.embedding.write import Wanted
 
     if not embeddings:
         raise RequestError("there is no embedding to put in (expected at least one)")
-    wanted = Wanted(token=token, family=for_family)
+    wanted = _wanted(None, token, for_family)
     return bundle(Path(adapter), [Path(path) for path in embeddings], Path(output), wanted, Options(**options))
+
+
+def _wanted(to: str | None, token: str | None, family: str | None) -> Wanted:
+    from sdmerge.embedding.write import Wanted
+
+    return Wanted(to=to, token=token, family=family)
