@@ -8,8 +8,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from sdformats.adapters import names
-from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
-from sdformats.layouts import clip
+from sdformats.layout import DIFFUSERS, SINGLE_FILE, component_of, detect
+from sdformats.layouts import KEY_MAPS, clip, t5
 from sdformats.rule import one
 from sdformats.views import Ref, Stored, halves_swapped, rows
 from sdmerge.errors import MismatchError
@@ -22,24 +22,8 @@ if TYPE_CHECKING:
 
 _UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _MOST_LAYERS = 32
-_ENCODERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "te1": (
-        (
-            "text_encoder.",
-            "cond_stage_model.transformer.",
-            "conditioner.embedders.0.transformer.",
-            "text_encoders.clip_l.transformer.",
-            "text_encoders.clip_h.transformer.",
-        ),
-        ("cond_stage_model.model.",),
-    ),
-    "te2": (
-        ("text_encoder_2.", "conditioner.embedders.1.transformer.", "text_encoders.clip_g.transformer."),
-        ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
-    ),
-    "te3": (("text_encoder_3.", "text_encoder_2.", "text_encoders.t5xxl.transformer."), ()),
-}
-"""Prefixes of each text encoder's tensors: with transformers' names, and with OpenCLIP's."""
+_ALSO = {"te1": ("text_encoders.clip_h.transformer.",), "te2": ("conditioner.embedders.1.transformer.",)}
+"""Prefixes of transformers' names where key maps know OpenCLIP's alone: some programs write them."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +128,7 @@ class Places:
 
     def _text(self, component: str, rest: str) -> Iterator[Place]:
         """Yield where a text encoder's module may be: transformers' names behind some prefix, or OpenCLIP's."""
-        prefixes, open_clip = _ENCODERS[component]
+        prefixes, open_clip = _encoders()[component]
         for prefix in (*prefixes, ""):
             yield _place(prefix + rest)
         # transformers 5 leaves text_model. out of what it saves, too.
@@ -156,6 +140,20 @@ class Places:
 
 def _place(module: str) -> Place:
     return Place(f"{module}.weight", f"{module}.bias")
+
+
+@cache
+def _encoders() -> Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return the prefixes of each text encoder's tensors, in any family: with transformers' names, and with OpenCLIP's."""
+    named = {name: list(_ALSO.get(name, ())) for name in ("te1", "te2", "te3")}
+    of_open_clip: dict[str, list[str]] = {name: [] for name in named}
+    for part in (part for known in KEY_MAPS.values() for part in known.components):
+        name = "te3" if part.table is t5.table else component_of(f"{part.name}.", DIFFUSERS)
+        if name in named:
+            named[name].append(f"{part.name}.")
+            fused = part.table in (clip.open_clip, clip.open_clip_without_its_end)
+            (of_open_clip if fused else named)[name] += part.prefixes
+    return {name: (tuple(dict.fromkeys(named[name])), tuple(dict.fromkeys(of_open_clip[name]))) for name in named}
 
 
 @cache
