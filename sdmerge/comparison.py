@@ -18,7 +18,8 @@ from sdmerge.errors import FamilyError
 from sdmerge.execute import open_model, shown
 from sdmerge.measure import Measures, compare
 from sdmerge.options import Options
-from sdmerge.policy import EMA, Notes, View, check_together, view
+from sdmerge.policy import EMA, Notes, View, check_together
+from sdmerge.respelling import view_alike
 
 if TYPE_CHECKING:
     import os
@@ -171,7 +172,7 @@ def diff(
     """Compare two models, tensor by tensor.
 
     Args:
-        a, b: models of one family in one spelling, in any containers; or two adapters.
+        a, b: models of one family, in any containers and spellings; or two adapters. Tensors have A's names.
         ema: compare ``model_ema.*`` too.
         threads: how many read and compute; None takes the processor's cores, 8 at most.
         family: what the models are, where their structure does not tell.
@@ -179,18 +180,18 @@ def diff(
 
     Raises:
         sdformats.errors.FormatError: a file cannot be read.
-        FamilyError: different families or spellings, or nothing in common.
+        FamilyError: different families, or nothing in common.
         RequestError: one is an adapter and the other is not, or an option has no meaning.
         MismatchError: an fp8 tensor's factor does not fit it.
     """
     options = Options(ema="keep" if ema else "drop", threads=threads, family=family, progress=progress)
     notes = Notes()
     with ExitStack() as stack:
-        views = []
-        for label, path in (("A", Path(a)), ("B", Path(b))):
-            source, seen = open_model(stack, path, options)
-            views.append(view(label, source, seen, options, notes))
-            _note_left_out(views[-1], notes)
+        opened = [open_model(stack, Path(path), options) for path in (a, b)]
+        spelling = opened[0][1].spelling
+        views = [view_alike(label, *one, spelling, options, notes) for label, one in zip("AB", opened, strict=True)]
+        for one in views:
+            _note_left_out(one, notes)
         _check(views, options, notes)
         first, second = views
         known = first.detection.family or second.detection.family

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sdformats.layout import SINGLE_FILE
 from sdformats.renamed import spelled
 from sdmerge import api
+from sdmerge.comparison import diff
 from sdmerge.errors import FamilyError
 from sdmerge.verification import verify
 from tests import tiny
@@ -85,3 +86,23 @@ def test_other_families_are_still_refused(tmp_path: Path) -> None:
     api.convert(b, tmp_path / "b", to="diffusers")
     with pytest.raises(FamilyError, match="A is sd1 and B is sdxl"):
         api.weighted_sum([a, tmp_path / "b"], alpha=0.5, output=tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "flux"])
+def test_a_folder_is_compared_with_a_single_file(family: str, tmp_path: Path) -> None:
+    a, b = (saved(tmp_path / f"{name}.safetensors", family, shift) for name, shift in (("a", 0.0), ("b", 0.5)))
+    for file in (a, b):
+        api.convert(file, tmp_path / file.stem, to="diffusers")
+    assert diff(a, tmp_path / "a").identical
+    assert diff(tmp_path / "a", a).identical
+    plain, mixed = diff(a, b), diff(a, tmp_path / "b")
+    assert mixed.tensors == plain.tensors
+    assert "B is spelled as diffusers: its tensors are taken under the names of single-file" in mixed.notes
+    assert not diff(tmp_path / "a", b).identical
+
+
+def test_other_families_are_not_compared_in_any_spelling(tmp_path: Path) -> None:
+    a, b = saved(tmp_path / "a.safetensors", "sd1", 0.0), saved(tmp_path / "b.safetensors", "sdxl", 0.0)
+    api.convert(b, tmp_path / "b", to="diffusers")
+    with pytest.raises(FamilyError, match="A is sd1 and B is sdxl"):
+        diff(a, tmp_path / "b")
