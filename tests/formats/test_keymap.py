@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sdformats import rule as rules
-from sdformats.errors import CorruptFile, FormatError, UnsupportedFile
-from sdformats.keymap import EXTRAS, Component, KeyMap
+from sdformats.errors import CorruptFile, UnsupportedFile
+from sdformats.keymap import EXTRAS
 from sdformats.layout import DIFFUSERS, SINGLE_FILE, detect
 from sdformats.renamed import component, spelled
-from sdformats.rule import NAKED, Rule, one
 from sdformats.tensor import DType, Spec
 from tests import tiny
-from tests.formats.adapters.memory import Memory, array, ref
+from tests.formats.adapters.memory import Memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdformats.tensor import TensorSource
-    from sdformats.views import Ref
 
 UNETS = ("sd1", "sd2", "sdxl", "sdxl-refiner")
 FAMILIES = (*UNETS, "sd3", "sd3.5", "flux")
@@ -379,39 +373,6 @@ def test_other_files_have_no_other_spelling() -> None:
         spelled(Named({"a.weight": torch.ones(3).half()}), DIFFUSERS)
 
 
-def values(*shape: int) -> Ref:
-    return ref(np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
-
-
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 4), st.data())
-def test_what_is_cut_is_joined_again(shares: list[int], unit: int, data: st.DataObject) -> None:
-    flags = {name: data.draw(st.booleans()) for name in ("swapped", "transposed", "pixel")}
-    rows = unit * sum(shares) * (2 if flags["swapped"] else 1)
-    rule = Rule(tuple(map(str, range(len(shares)))), tuple(shares), **flags)
-    dims = data.draw(st.sampled_from([(), (3,), (3, 1, 1), (3, 3, 3)]))
-    shape = (rows, *dims)
-    if flags["transposed"] and len(shape) == 2:
-        shape = (3, rows)
-    given = values(*shape)
-    parts = rule.cut(given, ".weight")
-    assert [part.shape[0] * sum(shares) for part in parts] == [rows * share for share in shares]
-    if not (flags["pixel"] and len(shape) == 2):
-        assert np.array_equal(array(rule.join(parts, ".weight")), array(given))
-
-
-def test_rows_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(CorruptFile, match="has 7 rows, which are no parts of 1:1:1"):
-        Rule(("q", "k", "v"), (1, 1, 1)).cut(values(7, 2), ".weight")
-    with pytest.raises(CorruptFile, match="has 7 rows, which have no halves"):
-        Rule(("n",), swapped=True).cut(values(7), ".weight")
-
-
-def test_parts_that_do_not_fit_are_refused() -> None:
-    rule = Rule(("q", "k"), (1, 1))
-    with pytest.raises(CorruptFile, match=r"is F32 \[3, 2\].*expected F32 \[4, 2\]"):
-        rule.join([values(4, 2), values(3, 2)], ".weight")
-
-
 def test_a_missing_part_is_named() -> None:
     given = tiny.tensors("sd2")
     del given["text_encoder.text_model.encoder.layers.1.self_attn.k_proj.bias"]
@@ -425,37 +386,3 @@ def test_two_names_of_one_tensor_are_refused() -> None:
     given[new.replace("to_q", "query")] = given[new]
     with pytest.raises(CorruptFile, match="is there twice, under an old and a new name"):
         spelled(Named(given), SINGLE_FILE)
-
-
-def test_factors_of_joined_weights_are_one_where_they_are_equal() -> None:
-    rule = Rule(("q", "k"), (1, 1))
-    half, same_half, other = (ref(np.array(factor, dtype=np.float32)) for factor in (0.5, 0.5, 0.25))
-    assert array(rule.join([half, same_half], ".scale_weight")) == 0.5
-    assert rule.cut(half, ".scale_weight") == [half, half]
-    assert array(rule.join([half, other], ".scale_weight", [1, 2])).tolist() == [0.5, 0.25, 0.25]
-    with pytest.raises(CorruptFile, match="is a factor without its weight"):
-        rule.join([half, other], ".scale_weight")
-
-
-def test_blocks_are_counted_by_whole_numbers() -> None:
-    names = ["a.1.x", "a.10.x", "a.2", "b.3.x", "a.99999999.x"]
-    assert rules.count(names, r"a\.(\d+)\.") == 11
-    assert rules.count(names, r"(?:b|c)\.(\d+)\.|z\.(\d+)") == 4
-    with pytest.raises(FormatError, match="has 9000 blocks of one kind"):
-        rules.blocks(["a.8999.x"], r"a\.(\d+)\.")
-
-
-def test_names_end_as_their_rule_says() -> None:
-    table: Any = lambda _names: {"a": one("b"), "c.d": Rule(("e.f",), ends=NAKED)}  # noqa: E731
-    known = KeyMap((Component("part", ("old.", "older."), table),))
-    given = {
-        "old.a.weight": values(2),
-        "older.a.scale_weight": values(1),
-        "old.c.d": values(3),
-        "old.c.d.weight": values(2),
-    }
-    made = known.to_folder(given)
-    assert list(made.tensors) == ["part.b.weight", "part.b.scale_weight", "part.e.f.weight", f"{EXTRAS}.old.c.d.weight"]
-    assert made.kept == ["old.c.d.weight"]
-    back = known.to_single(made.tensors)
-    assert list(back.tensors) == ["old.a.weight", "old.a.scale_weight", "old.c.d", "old.c.d.weight"]
