@@ -38,7 +38,7 @@ def prepare_sdmerge(request: Request) -> Call:
     """Prepare the call that a user of the python API makes. Idle means: everything is imported."""
     sdmerge = import_module("sdmerge")
     # the calls below import these when first needed
-    for name in ("torch", "sdformats.layouts", "sdmerge.methods", "sdmerge.run"):
+    for name in ("torch", "sdformats.layouts", "sdmerge.methods", "sdmerge.run", "sdmerge.api"):
         import_module(name)
     job, inputs = request["job"], request["inputs"]
     common = {"output": request["output"], "threads": request["threads"], "overwrite": True}

@@ -16,16 +16,17 @@ from sdmerge.dtypes import TORCH
 from sdmerge.expression import Call, InTiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from sdformats.tensor import TensorSink
+    from sdkernels.linear import Term
     from sdmerge.run import Job
     from sdmerge.step import Read, Step
 
 BLOCK = 1 << 18
 """Elements in a block: a few buffers of this size stay in a core's cache, and the cost of a call is spread thin."""
 SUM_BLOCK = 1 << 17
-"""The same for sums that native code makes in one pass: a call is cheap, and all inputs stay in the cache together."""
+"""The same for sums that native code reads and makes in one go: all inputs stay in the cache together."""
 RUN = 1 << 20
 """Elements that a thread takes at a time: some blocks of either size."""
 WIDEST = 8
@@ -76,43 +77,56 @@ class _Prepared:
         summed = step.compute is None or (isinstance(step.compute, Call) and step.compute.summed and step.propagates)
         self.summed = summed and all(map(native.serves, (self.type, *self.types)))
 
-    def sum_into(self, values: Sequence[Tensor], out: Tensor) -> Callable[[], bool]:
-        """Return what adds up, checks and rounds, for a step that is `summed`; see `native.combine_into`."""
+    def terms(self, values: Sequence[Tensor]) -> Sequence[Term]:
+        """Return what adds up to the result, for a step that is `summed`."""
         compute = self.step.compute
-        found = native.combine_into(compute.terms(values) if isinstance(compute, Call) else [(1.0, values[0])], out)
-        assert found is not None, "vectors of types that native code serves"
-        return found
+        return compute.terms(values) if isinstance(compute, Call) else [(1.0, values[0])]
 
 
 class _Sums:
-    """Sums of a group in the memory of a block: looked up once, then made for block after block.
+    """Sums of a group, looked up once and then made for run after run: what lies in files as it is, native code reads.
 
     They are judged by their results: what is not finite in an input shows there.
     """
 
-    def __init__(self, steps: Sequence[_Prepared], inputs: Sequence[_Buffer], output: _Buffer, count: int) -> None:
+    def __init__(self, steps: Sequence[_Prepared], inputs: Sequence[_Buffer], outputs: Sequence[_Buffer]) -> None:
         lead = steps[0]
-        self.count = count
-        self.values: list[Tensor] = []
+        widest = max(bits for one in steps for bits in (one.bits, *(bits for _, _, bits in one.reads))) // 8
+        rows = max(1, BLOCK * WIDEST // (SUM_BLOCK * widest))
+        self.count = rows * SUM_BLOCK
+        self._places: list[tuple[Tensor, int, int, int]] = []
         self._reads: list[tuple[Callable[[str, int, memoryview], None], str, int, memoryview]] = []
-        for buffer, (read_into, key, bits), dtype in zip(inputs, lead.reads, lead.types, strict=True):
-            data, value = buffer.window(count * bits // 8, dtype)
-            self.values.append(value)
-            self._reads.append((read_into, key, bits // 8, data))
-        windows = [output.window(count * one.bits // 8, one.type) for one in steps]
-        self._outputs = [
-            (one, one.sum_into(self.values, out), data) for one, (data, out) in zip(steps, windows, strict=True)
-        ]
-
-    def do(self, start: int) -> Iterator[_Prepared]:
-        """Read, add up and write the block at `start`; yield the steps whose results are not finite, and not written."""
-        for read_into, key, width, data in self._reads:
-            read_into(key, start * width, data)
-        for one, add_up, data in self._outputs:
-            if add_up():
-                one.write(one.step.name, start * one.bits // 8, data)
+        values = []
+        for buffer, read, (read_into, key, bits), dtype in zip(
+            inputs, lead.step.reads, lead.reads, lead.types, strict=True
+        ):
+            extent = read.source.extent(key)
+            data, value = buffer.window((SUM_BLOCK if extent else self.count) * bits // 8, dtype)
+            values.append(value.view(-1, SUM_BLOCK).expand(rows, SUM_BLOCK))
+            if extent:
+                self._places.append((value, *extent, bits // 8))
             else:
-                yield one
+                self._reads.append((read_into, key, bits // 8, data))
+        windows = [
+            buffer.window(self.count * one.bits // 8, one.type) for one, buffer in zip(steps, outputs, strict=True)
+        ]
+        self._outputs = [(one, data) for one, (data, _) in zip(steps, windows, strict=True)]
+        sums = native.sums(
+            [(one.terms(values), out.view(rows, -1)) for one, (_, out) in zip(steps, windows, strict=True)]
+        )
+        assert sums is not None, "matrices of types that native code serves"
+        self._add_up = sums
+
+    def do(self, start: int, count: int) -> list[_Prepared]:
+        """Read, add up and write; return the steps that were not: their result is not finite, or an input cannot be read."""
+        for read_into, key, width, data in self._reads:
+            read_into(key, start * width, data[: count * width])
+        parts = [native.FilePart(file, offset + start * width, row) for row, file, offset, width in self._places]
+        finite = self._add_up(count, parts) or [False] * len(self._outputs)
+        for (one, data), good in zip(self._outputs, finite, strict=True):
+            if good:
+                one.write(one.step.name, start * one.bits // 8, data[: count * one.bits // 8])
+        return [one for (one, _), good in zip(self._outputs, finite, strict=True) if not good]
 
 
 class Worker:
@@ -123,7 +137,7 @@ class Worker:
         self._saturate = job.options.overflow == "saturate"
         self._rounding = job.options.stochastic_rounding
         self._inputs: list[_Buffer] = []
-        self._output = _Buffer()
+        self._outputs = [_Buffer()]
         self._prepared: tuple[_Prepared, ...] = ()
         self._sums: _Sums | None = None
 
@@ -146,24 +160,30 @@ class Worker:
         if lead.copies:
             do, size = partial(self._copy, lead), BLOCK
         elif self._rounding is None and all(one.summed for one in self._prepared):
-            do, size = self._add_up, SUM_BLOCK
+            self._sums = self._sums or self._new_sums()
+            do, size = partial(self._add_up, self._sums), self._sums.count
         else:
-            do, size = self._blockwise, BLOCK
+            do, size = partial(self._blockwise, self._prepared), BLOCK
         for at in range(start, start + count, size):
             do(at, min(size, start + count - at))
 
-    def _add_up(self, start: int, count: int) -> None:
-        if self._sums is None or self._sums.count != count:
-            self._sums = _Sums(self._prepared, self._buffers(len(self._prepared[0].reads)), self._output, count)
-        for one in self._sums.do(start):
-            self._emit(one, self._sums.values, start)
+    def _new_sums(self) -> _Sums:
+        count = len(self._prepared)
+        return _Sums(
+            self._prepared, _buffers(self._inputs, len(self._prepared[0].reads)), _buffers(self._outputs, count)
+        )
+
+    def _add_up(self, sums: _Sums, start: int, count: int) -> None:
+        if left := sums.do(start, count):
+            for at in range(start, start + count, BLOCK):
+                self._blockwise(left, at, min(BLOCK, start + count - at))
 
     def _copy(self, lead: _Prepared, start: int, count: int) -> None:
         offset, nbytes = (
             start * lead.bits // 8,
             count * lead.bits // 8,
         )  # blocks of whole bytes: BLOCK is a multiple of 8
-        data, values = self._output.window(nbytes, lead.type)
+        data, values = self._outputs[0].window(nbytes, lead.type)
         read_into, key, _ = lead.reads[0]
         read_into(key, offset, data)
         if lead.checked and not finite(values):
@@ -171,9 +191,9 @@ class Worker:
         for one in self._prepared:
             one.write(one.step.name, offset, data)
 
-    def _blockwise(self, start: int, count: int) -> None:
-        values = self._read_block(self._prepared[0], start, count)
-        for one in self._prepared:
+    def _blockwise(self, steps: Sequence[_Prepared], start: int, count: int) -> None:
+        values = self._read_block(steps[0], start, count)
+        for one in steps:
             self._emit(one, values, start)
 
     def _emit(self, this: _Prepared, values: list[Tensor], start: int) -> None:
@@ -181,24 +201,19 @@ class Worker:
         step, count = this.step, values[0].numel()
         result = step.compute(values, start) if step.compute is not None else values[0].to(this.wide)
         self._check(step, values, result, this.type)
-        data, out = self._output.window(count * this.bits // 8, this.type)
+        data, out = self._outputs[0].window(count * this.bits // 8, this.type)
         self._round(step, result, out, start)
         this.write(step.name, start * this.bits // 8, data)
 
     def _read_block(self, this: _Prepared, start: int, count: int) -> list[Tensor]:
         """Return one block of each input, as stored."""
         values = []
-        buffers = self._buffers(len(this.reads))
+        buffers = _buffers(self._inputs, len(this.reads))
         for (read_into, key, bits), dtype, buffer in zip(this.reads, this.types, buffers, strict=True):
             data, value = buffer.window(count * bits // 8, dtype)
             read_into(key, start * bits // 8, data)
             values.append(value)
         return values
-
-    def _buffers(self, count: int) -> list[_Buffer]:
-        while len(self._inputs) < count:
-            self._inputs.append(_Buffer())
-        return self._inputs[:count]
 
     def _whole(self, group: Group) -> None:
         """Whole tensors, scaled where they are fp8 with a factor. Memory is what the tensors take."""
@@ -285,6 +300,12 @@ class Worker:
                     bad += self._job.count_nonfinite(read, value)
         if suspicious:
             self._job.count_overflow(step, result, dtype, finite=not bad)
+
+
+def _buffers(held: list[_Buffer], count: int) -> list[_Buffer]:
+    """Return as many as are needed of what is held; more are made where there are too few."""
+    held += [_Buffer() for _ in range(count - len(held))]
+    return held[:count]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

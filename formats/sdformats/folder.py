@@ -95,6 +95,11 @@ class JoinedSource(TensorSource):
         file, offset = self._parts[index].position(key)
         return self._first_file[index] + file, offset
 
+    def extent(self, name: str) -> tuple[int, int] | None:
+        """See `TensorSource.extent`."""
+        index, key = self._homes[name]
+        return self._parts[index].extent(key)
+
     def verify(self) -> None:
         """See `TensorSource.verify`."""
         for source in self._parts:

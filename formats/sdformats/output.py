@@ -17,6 +17,7 @@ import sys
 import threading
 from pathlib import Path
 
+from sdformats.direct import DirectWriter
 from sdformats.errors import OutputExists, WriteError
 from sdformats.positional import OutputHandle, open_exclusive
 
@@ -65,8 +66,10 @@ class PendingFile:
             raise self._failure(error) from error
         self._handle: OutputHandle | None = OutputHandle(fd)
         self._flusher = _Flusher(fd)
+        self._direct: DirectWriter | None = None
         try:
             os.ftruncate(fd, size)
+            self._direct = DirectWriter.of(fd, size)
         except OSError as error:
             self.abort()
             raise self._failure(error) from error
@@ -75,6 +78,9 @@ class PendingFile:
         """Put bytes at `offset`. May be called from several threads at once."""
         assert self._handle is not None, "write after commit or abort"
         try:
+            if self._direct is not None:
+                self._direct.write(offset, buffer)
+                return
             self._handle.write(offset, buffer)
             self._flusher.wrote(len(buffer))
         except OSError as error:
@@ -84,6 +90,8 @@ class PendingFile:
         """Fill `buffer` from byte `offset` of what was written."""
         assert self._handle is not None, "read after commit or abort"
         try:
+            if self._direct is not None:
+                self._direct.drain()
             self._handle.read_into(offset, buffer)
         except OSError as error:
             raise WriteError(f"cannot be read again: {error.strerror or error}", path=self.path) from error
@@ -100,6 +108,8 @@ class PendingFile:
         try:
             if self._old_mode is not None and hasattr(os, "fchmod"):
                 os.fchmod(fd, self._old_mode)
+            if self._direct is not None:
+                self._direct.finish()
             self._flusher.finish()
             self._publish(fd)
             sync_folder(self.target.parent)
@@ -117,6 +127,8 @@ class PendingFile:
 
     def abort(self) -> None:
         """Remove the temporary file. Does nothing after `commit`, and does not wait for the disk."""
+        if self._direct is not None:
+            self._direct.cancel()
         self._flusher.cancel()
         self._close()
         temporary, self._temporary = self._temporary, None

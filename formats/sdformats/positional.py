@@ -61,6 +61,11 @@ class InputFile:
         """Size in bytes when the file was opened."""
         return self.identity.size
 
+    @property
+    def descriptor(self) -> int | None:
+        """What the file can be read at offsets with by several threads at once; None where the system has no such reads."""
+        return self._handle.fileno() if self._handle is not None and hasattr(os, "preadv") else None
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset` of the file.
 

@@ -54,6 +54,13 @@ class Renamed(TensorSource):
         file, offset = first.source.position(first.key)
         return self._first_file[id(first.source)] + file, offset
 
+    def extent(self, name: str) -> tuple[int, int] | None:
+        """See `TensorSource.extent`."""
+        ref = self._tensors[name]
+        parts = list(ref.stored()) if ref.in_order else []
+        whole = len(parts) == 1 and parts[0].spec.nbytes == ref.spec.nbytes
+        return parts[0].source.extent(parts[0].key) if whole else None
+
     def verify(self) -> None:
         """See `TensorSource.verify`."""
         for source in self._sources:

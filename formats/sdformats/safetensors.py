@@ -72,6 +72,11 @@ class SafetensorsSource(TensorSource):
         """See `TensorSource.position`."""
         return 0, self._start + self._spans[name][1]
 
+    def extent(self, name: str) -> tuple[int, int] | None:
+        """See `TensorSource.extent`."""
+        descriptor = self.files[0].descriptor
+        return None if descriptor is None else (descriptor, self.position(name)[1])
+
 
 def looks_like_safetensors(head: bytes, size: int) -> bool:
     """Whether the first 9 bytes of a file of `size` bytes can begin a safetensors file."""

@@ -119,6 +119,13 @@ class TensorSource(ABC):
     def position(self, name: str) -> tuple[int, int]:
         """Where the tensor's bytes lie, as (index of file, offset), for reading in order."""
 
+    def extent(self, name: str) -> tuple[int, int] | None:
+        """Return (file descriptor, offset) where the tensor's bytes can be read as they are, in one piece.
+
+        None where only `read_into` gives them, or checks them.
+        """
+        return None
+
     def read(self, name: str) -> bytearray:
         """Return all bytes of one tensor."""
         data = bytearray(self.specs[name].nbytes)

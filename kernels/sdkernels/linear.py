@@ -104,10 +104,7 @@ class _Widener:
 def native(terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
     """Do what `reference` does in one pass over the memory: see native.c."""
     made = torch.empty(terms[0][1].shape) if out is None else out
-    if (combine := combine_into(terms, made)) is None:
-        return reference(terms, out)
-    combine()
-    return made
+    return made if combine_into(terms, made) is not None else reference(terms, out)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

@@ -1,4 +1,5 @@
-/* One pass over the memory of a CPU: a linear combination of tensors, rounded once and looked through for what is not finite.
+/* Linear combinations of tensors in one pass over a CPU's memory: rounded once, looked through for what is not finite, and
+ * read from files where they are not in memory yet.
  *
  * A torch expression makes a pass over the block for each widening, each sum and the rounding. Here 32 elements at a time
  * are widened, added up and rounded in registers. Every operation is the one that linear.py's `reference` does, in its
@@ -6,19 +7,21 @@
  * rounding to nearest even at the end.
  *
  * It needs AVX2, FMA and F16C (Intel since 2013, AMD since 2015); native.py asks torch whether they are there. Nothing here
- * allocates, fails, or reads or writes outside of the matrices.
+ * allocates, or reads or writes outside of the matrices.
  */
+#include <errno.h>
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef enum { FLOAT16, BFLOAT16, FLOAT32, MIXED } Type;
 static const size_t SIZE[] = {2, 2, 4};
 /* The first magnitude that rounds to infinity, as the bits of a float32; those of NaN are larger, all others smaller. */
 static const int32_t TOO_LARGE[] = {0x477ff000, 0x7f7f8000, 0x7f800000};
 
-/* Rows of contiguous elements, `stride` elements apart. A vector is one row. */
+/* Rows of contiguous elements, `stride` elements apart: 0 where one row's memory serves for all. A vector is one row. */
 typedef struct {
     char *data;
     int64_t stride;
@@ -119,29 +122,66 @@ INLINE __m256i sum(const Term *terms, size_t length, const Matrix *out, size_t r
 }
 
 /* Each call of this with a constant `type` is a loop of its own, without a look at types in it. */
-INLINE int combine(const Term *terms, size_t length, const Matrix *out, size_t rows, size_t columns, Type type) {
+INLINE int combine_row(const Term *terms, size_t length, const Matrix *out, size_t row, size_t columns, Type type) {
     __m256i largest = _mm256_setzero_si256();
-    for (size_t row = 0; row < rows; row++) {
-        size_t column = 0;
-        for (; column + GROUP <= columns; column += GROUP)
-            largest = _mm256_max_epi32(largest, sum(terms, length, out, row, column, GROUP, type));
-        if (column < columns)
-            largest = _mm256_max_epi32(largest, sum(terms, length, out, row, column, columns - column, type));
-    }
+    size_t column = 0;
+    for (; column + GROUP <= columns; column += GROUP)
+        largest = _mm256_max_epi32(largest, sum(terms, length, out, row, column, GROUP, type));
+    if (column < columns)
+        largest = _mm256_max_epi32(largest, sum(terms, length, out, row, column, columns - column, type));
     const __m256i bad = _mm256_cmpgt_epi32(largest, _mm256_set1_epi32(TOO_LARGE[out->type] - 1));
     return _mm256_testz_si256(bad, bad);
 }
 
-/* out = the sum of `length` terms (one or more), all matrices of rows × columns; return whether all of it is finite. */
-int sdkernels_combine(const Term *terms, size_t length, const Matrix *out, size_t rows, size_t columns) {
+/* A sum of `length` terms (one or more), and whether all of it is finite so far. */
+typedef struct {
+    const Term *terms;
+    size_t length;
+    Matrix out;
+    int64_t finite;
+} Sum;
+
+static void add_up(Sum *to, size_t row, size_t columns) {
     int alike = 1;
-    for (const Term *term = terms; term < terms + length; term++)
-        alike &= term->x.type == out->type && (!term->y.data || term->y.type == out->type);
-    if (alike && out->type == FLOAT16)
-        return combine(terms, length, out, rows, columns, FLOAT16);
-    if (alike && out->type == BFLOAT16)
-        return combine(terms, length, out, rows, columns, BFLOAT16);
-    return combine(terms, length, out, rows, columns, MIXED);
+    for (const Term *term = to->terms; term < to->terms + to->length; term++)
+        alike &= term->x.type == to->out.type && (!term->y.data || term->y.type == to->out.type);
+    if (alike && to->out.type == FLOAT16)
+        to->finite &= combine_row(to->terms, to->length, &to->out, row, columns, FLOAT16);
+    else if (alike && to->out.type == BFLOAT16)
+        to->finite &= combine_row(to->terms, to->length, &to->out, row, columns, BFLOAT16);
+    else
+        to->finite &= combine_row(to->terms, to->length, &to->out, row, columns, MIXED);
+}
+
+/* A part of a file, and the memory of `size` bytes for a row of it at a time. */
+typedef struct {
+    int64_t descriptor;
+    int64_t offset;
+    char *data;
+    size_t size;
+} Part;
+
+static int read_row(const Part *part, size_t row, size_t bytes) {
+    for (size_t done = 0; done < bytes;) {
+        const ssize_t got = pread(part->descriptor, part->data + done, bytes - done, part->offset + row * part->size + done);
+        if (got > 0) done += got;
+        else if (got == 0 || errno != EINTR) return 0;
+    }
+    return 1;
+}
+
+/* Make sums of matrices with rows of `columns` elements, `count` elements in all: the last row may be shorter. The rows of
+ * each part are read before they are used. Return whether all could be read. */
+int sdkernels_combine(Sum *sums, size_t many, const Part *parts, size_t files, size_t count, size_t columns) {
+    for (size_t i = 0; i < many; i++) sums[i].finite = 1;
+    for (size_t row = 0, left = count; left; row++) {
+        const size_t here = left < columns ? left : columns;
+        for (const Part *part = parts; part < parts + files; part++)
+            if (!read_row(part, row, part->size / columns * here)) return 0;
+        for (size_t i = 0; i < many; i++) add_up(sums + i, row, here);
+        left -= here;
+    }
+    return 1;
 }
 
 /* Whether no element is NaN or infinite: none has an exponent of ones alone. */

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from sdkernels.build import library
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from sdkernels.linear import Term
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MATRIX = struct.Struct("@Pqq")  # address, elements from row to row, type
 _WEIGHT = struct.Struct("@d")
+_SUM = struct.Struct("@PN")
+_FINITE = struct.Struct("@q")
+_PART = struct.Struct("@qqPN")
 _NONE = _MATRIX.pack(0, 0, 0)
 
 
@@ -39,11 +43,11 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         functions = ctypes.CDLL(str(path))
-        data, size = ctypes.c_char_p, ctypes.c_size_t
+        data, size = ctypes.c_void_p, ctypes.c_size_t
         self.combine = functions.sdkernels_combine
-        self.combine.argtypes = (data, size, data, size, size)
+        self.combine.argtypes = (data, size, ctypes.c_char_p, size, size, size)
         self.finite = functions.sdkernels_finite
-        self.finite.argtypes = (ctypes.c_void_p, size, ctypes.c_int64)
+        self.finite.argtypes = (data, size, ctypes.c_int64)
 
 
 def _load() -> Library | None:
@@ -64,21 +68,76 @@ def serves(dtype: torch.dtype) -> bool:
     return LIBRARY is not None and dtype in _TYPES
 
 
-def combine_into(terms: Sequence[Term], out: Tensor) -> Callable[[], bool] | None:
-    """Return what does as `linear.reference`, with what the tensors' memory holds when it is called, as often as it is.
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """Elements of a file, read into memory a row at a time.
 
-    It returns whether all of `out` is finite. None where there is no library for these tensors: others than float16,
-    bfloat16 and float32 on a CPU, of one shape, without gaps (or matrices with gaps between rows alone).
+    Attributes:
+        descriptor: the open file.
+        offset: its first byte that is read.
+        row: memory for one row, which a matrix with rows 0 elements apart stands for.
     """
-    tensors = [out]
-    for _, *xs in terms:
-        tensors += xs
-    shape = _rows_and_columns(tensors)
+
+    descriptor: int
+    offset: int
+    row: Tensor
+
+
+class Sums:
+    """Several sums, made together as often as is asked for, of what the tensors' memory holds then.
+
+    Args:
+        library: see `LIBRARY`.
+        sums: the terms of each, as for `linear.reference`, and where it goes: matrices of one shape.
+        columns: the elements of a row.
+    """
+
+    def __init__(self, library: Library, sums: Sequence[tuple[Sequence[Term], Tensor]], columns: int) -> None:
+        self._combine, self._columns, self._many = library.combine, columns, len(sums)
+        self._held: list[object] = [sums]
+        packed = b""
+        for terms, out in sums:
+            data = b"".join(_WEIGHT.pack(w) + _matrix(x) + (_matrix(y[0]) if y else _NONE) for w, x, *y in terms)
+            self._held.append(memory := ctypes.create_string_buffer(data, len(data)))
+            packed += _SUM.pack(ctypes.addressof(memory), len(terms)) + _matrix(out) + _FINITE.pack(0)
+        self._sums = ctypes.create_string_buffer(packed, len(packed))
+
+    def __call__(self, count: int, parts: Sequence[FilePart] = ()) -> list[bool] | None:
+        """Make the first `count` elements of each sum, row after row.
+
+        Args:
+            count: how many.
+            parts: what is read from files meanwhile.
+
+        Returns:
+            Whether each is finite; None where a file could not be read.
+        """
+        places = b"".join(
+            _PART.pack(part.descriptor, part.offset, part.row.data_ptr(), part.row.nbytes) for part in parts
+        )
+        if not self._combine(self._sums, self._many, places, len(parts), count, self._columns):
+            return None
+        step = len(self._sums) // self._many
+        return [bool(_FINITE.unpack_from(self._sums, (i + 1) * step - _FINITE.size)[0]) for i in range(self._many)]
+
+
+def sums(wanted: Sequence[tuple[Sequence[Term], Tensor]]) -> Sums | None:
+    """Return what does as `linear.reference` for each of `wanted`: terms, and the tensor that their sum goes to.
+
+    None where there is no library for these tensors: others than float16, bfloat16 and float32 on a CPU, of one shape,
+    without gaps (or matrices with rows apart, or all in one place, alone).
+    """
+    shape = _rows_and_columns([x for terms, out in wanted for x in (out, *(x for _, *xs in terms for x in xs))])
     if LIBRARY is None or shape is None:
         return None
-    packed = [_WEIGHT.pack(weight) + _matrix(x) + (_matrix(y[0]) if y else _NONE) for weight, x, *y in terms]
-    combine, *arguments = LIBRARY.combine, b"".join(packed), len(packed), _matrix(out), *shape
-    return lambda _held=tensors: bool(combine(*arguments))  # type: ignore[misc]
+    return Sums(LIBRARY, wanted, shape[1])
+
+
+def combine_into(terms: Sequence[Term], out: Tensor) -> bool | None:
+    """Do as `linear.reference`, and return whether all of `out` is finite; None as for `sums`."""
+    made = sums([(terms, out)])
+    found = made(out.numel()) if made is not None else None
+    return None if found is None else found[0]
 
 
 def finite(x: Tensor) -> bool | None:

@@ -10,19 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sdformats import direct
 from sdformats.output import PendingFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-WAYS = ["unnamed", "named", "no-links", "no-pwrite", "windows"]
+WAYS = ["unnamed", "direct", "named", "no-links", "no-pwrite", "windows"]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions, signals and special files")
 
 
 def pretend(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take away what a system of that kind does not have."""
-    if chosen == "unnamed":
+    if chosen == "direct":
+        monkeypatch.setattr(direct, "LEAST", 0)
+        monkeypatch.setattr(direct, "CHUNK", 8192)
+    if chosen in ("unnamed", "direct"):
         try:
             os.close(os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR))
         except (AttributeError, OSError):

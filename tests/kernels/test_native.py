@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -71,9 +72,7 @@ def test_bits_are_those_of_the_reference(case: tuple[list[Any], Tensor]) -> None
     terms, out = case
     before = [x.clone() for _, *xs in terms for x in xs]
     want = linear.reference(terms, torch.empty_like(out))
-    add_up = native.combine_into(terms, out)
-    assert add_up is not None
-    assert add_up() == bool(out.isfinite().all())
+    assert native.combine_into(terms, out) == bool(out.isfinite().all())
     assert_same_bits(out, want)
     assert_same_bits(linear.combine(terms), linear.reference(terms))
     for x, was in zip([x for _, *xs in terms for x in xs], before, strict=True):
@@ -105,9 +104,7 @@ def test_largest_values_round_as_in_torch() -> None:
         x = torch.cat([edge, -edge])
         for value in x.split(1):
             out = torch.empty(1, dtype=to)
-            add_up = native.combine_into([(1.0, value)], out)
-            assert add_up is not None
-            assert add_up() == bool(value.to(to).isfinite().all())
+            assert native.combine_into([(1.0, value)], out) == bool(value.to(to).isfinite().all())
             assert_same_bits(out, value.to(to))
 
 
@@ -148,12 +145,44 @@ def test_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_sum_is_made_of_what_memory_holds_when_it_is_called() -> None:
     x, out = torch.ones(40), torch.empty(40)
-    add_up = native.combine_into([(2.0, x)], out)
+    add_up = native.sums([([(2.0, x)], out)])
     assert add_up is not None
-    for value in (1.0, 5.0):
+    for value, count in ((1.0, 40), (5.0, 40), (7.0, 33)):
         x.fill_(value)
-        assert add_up()
-        assert torch.equal(out, 2 * x)
+        before = out.clone()
+        assert add_up(count) == [True]
+        assert torch.equal(out, torch.cat([2 * x[:count], before[count:]]))
+
+
+@given(st.lists(TYPE, min_size=3, max_size=3), st.integers(1, 40), st.integers(1, 5), st.data())
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_sums_of_what_lies_in_files(types: list[torch.dtype], columns: int, rows: int, data: st.DataObject) -> None:
+    """Two outputs of the same inputs: one in memory, two in a file behind each other, read a row at a time."""
+    count = data.draw(st.integers((rows - 1) * columns + 1, rows * columns))
+    seed = data.draw(st.integers(0, 1 << 20))
+    whole = [patterns(dtype, rows * columns, seed + i) for i, dtype in enumerate(types)]
+    held, *filed = whole
+    memory = [torch.full((columns,), 3.0, dtype=x.dtype) for x in filed]
+    values = [held.view(rows, columns), *(x.view(1, -1).expand(rows, columns) for x in memory)]
+    outs = [torch.full((rows, columns), 7.0, dtype=data.draw(TYPE)) for _ in range(2)]
+    terms = [lambda x: [(0.7, x[0]), (-0.3, x[1], x[2])], lambda x: [(1.0, x[2]), (0.5, x[1])]]
+    add_up = native.sums([(term(values), out) for term, out in zip(terms, outs, strict=True)])
+    assert add_up is not None
+    with tempfile.TemporaryFile() as file:
+        file.write(b"head")
+        places = []
+        for x, row in zip(filed, memory, strict=True):
+            places.append(native.FilePart(file.fileno(), file.tell(), row))
+            file.write(bytes(x.view(torch.uint8).numpy()))
+        file.flush()
+        found = add_up(count, places)
+        short = add_up(count, [*places[:1], native.FilePart(file.fileno(), file.tell() - 1, memory[1])])
+    assert short is None
+    for out, term, good in zip(outs, terms, found or [], strict=True):
+        want = linear.reference(term(whole), torch.empty(rows * columns, dtype=out.dtype))[:count]
+        assert good == bool(want.isfinite().all())
+        assert_same_bits(out.view(-1)[:count], want)
+        assert (out.view(-1)[count:] == 7).all()
 
 
 def test_no_compiler_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
