@@ -39,8 +39,8 @@ class AddTile(Protocol):
     def whole_rows(self) -> bool:
         """Whether tiles must be as wide as the matrix."""
 
-    def __call__(self, tile: Tensor, row: int, column: int) -> None:
-        """Add to `tile`, whose first element is at `row` and `column`."""
+    def __call__(self, tile: Tensor, row: int, column: int, *, fresh: bool = False) -> None:
+        """Add to `tile`, whose first element is at `row` and `column`; to zeros instead of what it holds where it is `fresh`."""
 
 
 @runtime_checkable

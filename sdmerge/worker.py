@@ -6,6 +6,7 @@ import math
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -241,7 +242,7 @@ class Worker:
             self._emit(this, [value[start : start + BLOCK] for value in flat], start)
 
     def _in_tiles(self, target: Target, compute: InTiles, values: list[Tensor]) -> None:
-        """Widen, add to, check and round one tile after the other while it is in the cache; then write the whole."""
+        """Make one tile of the change after the other, and add it to what is stored while it is in the cache; write the whole."""
         weight = values[compute.index]
         add = compute.prepare(values)
         flat = weight.reshape(weight.shape[0], -1)
@@ -257,15 +258,21 @@ class Worker:
         for row in range(0, flat.shape[0], rows):
             for column in range(0, flat.shape[1], max(1, columns)):
                 stored = flat[row : row + rows, column : column + columns]
-                tile = held[: stored.numel()].view(stored.shape).copy_(stored)
-                add(tile, row, column)
-                self._check(step, [stored], tile, dtype)
-                place = out[row : row + rows, column : column + columns]
-                start = row * flat.shape[1] + column
-                place.copy_(self._round(step, tile, torch.empty(tile.shape, dtype=dtype), start))
+                tile = held[: stored.numel()].view(stored.shape)
+                add(tile, row, column, fresh=True)
+                self._end_tile(step, stored, tile, out[row : row + rows, column : column + columns], row, column)
         if step.spec.nbytes:
             target.sink.write(step.name, 0, as_bytes(out))
         self._job.pool.give([piece])
+
+    def _end_tile(self, step: Step, stored: Tensor, change: Tensor, place: Tensor, row: int, column: int) -> None:
+        """Add what is stored to its change, check, and round into place: in one pass where native code can and all is well."""
+        if self._rounding is None and native.combine_into([(1.0, stored), (1.0, change)], place):
+            return
+        tile = change.add_(stored)
+        self._check(step, [stored], tile, place.dtype)
+        start = row * prod(step.spec.shape[1:]) + column
+        place.copy_(self._round(step, tile, torch.empty(tile.shape, dtype=place.dtype), start))
 
     def _at_once(self, target: Target, values: list[Tensor]) -> None:
         step = target.step

@@ -232,19 +232,23 @@ class _Sum:
     total: Tensor | None
     whole_rows: bool
 
-    def __call__(self, tile: Tensor, row: int, column: int) -> None:
-        """Add to `tile`."""
+    def __call__(self, tile: Tensor, row: int, column: int, *, fresh: bool = False) -> None:
+        """See `sdmerge.expression.AddTile`."""
         bottom, right = row + tile.shape[0], column + tile.shape[1]
-        for first, last, add in self.adders:
+        found = [one for one in self.adders if max(one[0], row) < min(one[1], bottom)]
+        fills = fresh and bool(found) and found[0][0] <= row and bottom <= found[0][1]
+        if fresh and not fills:
+            tile.zero_()
+        for number, (first, last, add) in enumerate(found):
             low, high = max(first, row), min(last, bottom)
-            if low < high:
-                add(tile[low - row : high - row], slice(low - first, high - first), slice(column, right))
+            part = tile[low - row : high - row]
+            add(part, slice(low - first, high - first), slice(column, right), fills and number == 0)
         if self.total is not None:
             tile += self.total[row:bottom, column:right]
 
 
-_Adder = tuple[int, int, "Callable[[Tensor, slice, slice], object]"]
-"""First row, the one after the last, and a function that adds some rows (of its own) and columns to a matrix."""
+_Adder = tuple[int, int, "Callable[[Tensor, slice, slice, bool], object]"]
+"""First row, the one after the last, and a function that adds some rows (of its own) and columns to a matrix, or fills it."""
 
 
 def in_rows(one: Contribution) -> bool:
@@ -276,8 +280,8 @@ def _products(thin: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> lis
     return found
 
 
-def _add_product(tile: Tensor, rows: slice, columns: slice, *, up: Tensor, down: Tensor) -> None:
-    tile.addmm_(up[rows], down[:, columns])
+def _add_product(tile: Tensor, rows: slice, columns: slice, fresh: bool, *, up: Tensor, down: Tensor) -> None:
+    tile.addmm_(up[rows], down[:, columns], beta=0 if fresh else 1)
 
 
 def _others(added: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> list[_Adder]:
@@ -298,15 +302,19 @@ def _others(added: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> list
     return found
 
 
-def _add_hadamard(tile: Tensor, rows: slice, columns: slice, *, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> None:
-    tile += (a1[rows] @ b1[:, columns]).mul_(a2[rows] @ b2[:, columns])
+def _add_hadamard(
+    tile: Tensor, rows: slice, columns: slice, fresh: bool, *, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor
+) -> None:
+    made = (a1[rows] @ b1[:, columns]).mul_(a2[rows] @ b2[:, columns])
+    tile.copy_(made) if fresh else tile.add_(made)
 
 
-def _add_kronecker(tile: Tensor, rows: slice, _columns: slice, *, first: Tensor, second: Tensor) -> None:
+def _add_kronecker(tile: Tensor, rows: slice, _columns: slice, fresh: bool, *, first: Tensor, second: Tensor) -> None:
     """Row i of w1 ⊗ w2 is row i / p of w1 times row i % p of w2, for a w2 of p rows."""
     index = torch.arange(rows.start, rows.stop, device=tile.device)
     left, right = first[index // second.shape[0]], second[index % second.shape[0]]
-    tile += (left[:, :, None] * right[:, None, :]).flatten(1)
+    made = (left[:, :, None] * right[:, None, :]).flatten(1)
+    tile.copy_(made) if fresh else tile.add_(made)
 
 
 def _dense(
