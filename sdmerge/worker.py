@@ -6,7 +6,6 @@ import math
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,8 +31,10 @@ RUN = 1 << 20
 """Elements that a thread takes at a time: some blocks of either size."""
 WIDEST = 8
 """Bytes of the widest element."""
-TILE = 1 << 10
-"""Columns of a tile of a matrix that is added to: with BLOCK elements in all, it is multiplied at nearly the full rate."""
+TILE = 1 << 12
+"""Most columns of a tile of a matrix that is added to."""
+TILE_SIZE = 1 << 19
+"""Elements of such a tile: products of this size run at nearly the full rate, and threads seldom wait for the interpreter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ class Worker:
         self._rounding = job.options.stochastic_rounding
         self._inputs: list[_Buffer] = []
         self._outputs = [_Buffer()]
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
         self._prepared: tuple[_Prepared, ...] = ()
         self._sums: _Sums | None = None
 
@@ -242,36 +244,40 @@ class Worker:
             self._emit(this, [value[start : start + BLOCK] for value in flat], start)
 
     def _in_tiles(self, target: Target, compute: InTiles, values: list[Tensor]) -> None:
-        """Make one tile of the change after the other, and add it to what is stored while it is in the cache; write the whole."""
+        """Make one tile of the change after the other, and add it to what is stored while it is in the cache."""
         weight = values[compute.index]
         add = compute.prepare(values)
         flat = weight.reshape(weight.shape[0], -1)
         wide, dtype = cast.accumulator(weight.dtype), TORCH[target.step.spec.dtype]
         step = replace(target.step, reads=(target.step.reads[compute.index],))
-        piece = self._job.pool.take(step.spec.nbytes)
-        out = piece[: step.spec.nbytes].view(dtype).reshape(flat.shape)
         # Random numbers are drawn in the order of the elements, which whole rows are in.
         whole_rows = add.whole_rows or self._rounding is not None
         columns = flat.shape[1] if whole_rows else min(TILE, flat.shape[1])
-        rows = max(1, min(BLOCK // max(1, columns), flat.shape[0]))
-        held = torch.empty(rows * columns, dtype=wide)
-        for row in range(0, flat.shape[0], rows):
-            for column in range(0, flat.shape[1], max(1, columns)):
-                stored = flat[row : row + rows, column : column + columns]
-                tile = held[: stored.numel()].view(stored.shape)
-                add(tile, row, column, fresh=True)
-                self._end_tile(step, stored, tile, out[row : row + rows, column : column + columns], row, column)
-        if step.spec.nbytes:
-            target.sink.write(step.name, 0, as_bytes(out))
-        self._job.pool.give([piece])
+        rows = max(1, min(TILE_SIZE // max(1, columns), flat.shape[0]))
+        tiles, bands = self._scratch("tile", rows * columns, wide), self._scratch("band", rows * flat.shape[1], dtype)
+        for row in range(0, flat.shape[0] if flat.numel() else 0, rows):
+            stored = flat[row : row + rows]
+            out = bands[: stored.numel()].view(stored.shape)
+            for column in range(0, flat.shape[1], columns):
+                part = stored[:, column : column + columns]
+                change = tiles[: part.numel()].view(part.shape)
+                add(change, row, column, fresh=True)
+                self._end_tile(step, part, change, out[:, column : column + columns], row * flat.shape[1] + column)
+            target.sink.write(step.name, row * flat.shape[1] * dtype.itemsize, as_bytes(out))
 
-    def _end_tile(self, step: Step, stored: Tensor, change: Tensor, place: Tensor, row: int, column: int) -> None:
+    def _scratch(self, use: str, count: int, dtype: torch.dtype) -> Tensor:
+        """Return memory of this thread, the same whenever as many numbers of this type are asked for."""
+        held = self._held.get((use, dtype))
+        if held is None or held.numel() < count:
+            held = self._held[use, dtype] = torch.empty(count, dtype=dtype)
+        return held
+
+    def _end_tile(self, step: Step, stored: Tensor, change: Tensor, place: Tensor, start: int) -> None:
         """Add what is stored to its change, check, and round into place: in one pass where native code can and all is well."""
         if self._rounding is None and native.combine_into([(1.0, stored), (1.0, change)], place):
             return
         tile = change.add_(stored)
         self._check(step, [stored], tile, place.dtype)
-        start = row * prod(step.spec.shape[1:]) + column
         place.copy_(self._round(step, tile, torch.empty(tile.shape, dtype=place.dtype), start))
 
     def _at_once(self, target: Target, values: list[Tensor]) -> None:

@@ -17,7 +17,8 @@ import torch
 from sdformats.adapters import fused
 from sdformats.adapters.reading import listed
 from sdformats.adapters.records import Full, LoHa, LoKr, LoRA, Norm, Rows
-from sdkernels import cast
+from sdformats.views import Stored
+from sdkernels import cast, linear
 from sdmerge.errors import FamilyError, MismatchError, RequestError
 from sdmerge.hypernetworks import with_folds
 from sdmerge.lora.algebra import as_lora
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from sdformats.adapters.record import Record
     from sdformats.hypernetwork import Hypernetwork
     from sdformats.tensor import TensorSource
-    from sdformats.views import Ref, Stored
+    from sdformats.views import Ref
     from sdmerge.blocks import Weights
     from sdmerge.expression import AddTile
     from sdmerge.lora.places import Place
@@ -217,7 +218,11 @@ class Baked:
             return torch.as_tensor(ref.evaluate(lambda one: read[one].to(wide), torch)).to(wide)
 
         dense = [one for one in self.added if not (one.thin or in_rows(one))]
-        adders = [*_products([one for one in self.added if one.thin], get), *_others(self.added, get)]
+
+        def get_stored(ref: Ref) -> Tensor:
+            return read[ref] if isinstance(ref, Stored) and wide == torch.float32 else get(ref)
+
+        adders = [*_products([one for one in self.added if one.thin], get_stored, wide), *_others(self.added, get)]
         used = weight.to(wide) if any(needs_weight(one.record) for one in dense) else None
         total = _dense(dense, get, used, weight.shape)
         kronecker = any(isinstance(one.record, LoKr) for one in self.added if in_rows(one))
@@ -262,17 +267,24 @@ def _has_core(record: LoHa | LoKr) -> bool:
     return (record.t1 if isinstance(record, LoHa) else record.t2) is not None
 
 
-def _products(thin: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> list[_Adder]:
-    """Put the ranks of all LoRAs on the same rows side by side, scales in the up."""
-    by_rows: dict[tuple[tuple[int, int], bool], list[tuple[Tensor, Tensor]]] = {}
+def _products(thin: Sequence[Contribution], get: Callable[[Ref], Tensor], wide: torch.dtype) -> list[_Adder]:
+    """Put the ranks of all LoRAs on the same rows side by side, scales in the up: widened, scaled and placed in one pass."""
+    by_rows: dict[tuple[tuple[int, int], bool], list[tuple[float, Tensor, Tensor]]] = {}
     for one in thin:
         record = as_lora("", one.record)  # a mid goes into the down
-        up, down = get(record.up).flatten(1), get(record.down).flatten(1)
-        by_rows.setdefault((one.rows, one.transposed), []).append((up * (record.scale * one.strength), down))
+        factors = get(record.up).flatten(1), get(record.down).flatten(1)
+        by_rows.setdefault((one.rows, one.transposed), []).append((record.scale * one.strength, *factors))
     found: list[_Adder] = []
-    for (rows, transposed), pairs in by_rows.items():
-        up = torch.cat([up for up, _ in pairs], 1)
-        down = torch.cat([down for _, down in pairs], 0)
+    for (rows, transposed), products in by_rows.items():
+        _, first_up, first_down = products[0]
+        rank = sum(up.shape[1] for _, up, _ in products)
+        up = first_up.new_empty((first_up.shape[0], rank), dtype=wide)
+        down = first_down.new_empty((rank, first_down.shape[1]), dtype=wide)
+        start = 0
+        for scale, its_up, its_down in products:
+            ranks = slice(start, start := start + its_up.shape[1])
+            linear.combine([(scale, its_up)], up[:, ranks])
+            linear.combine([(1.0, its_down)], down[ranks])
         if transposed:
             found.append((0, down.shape[1], partial(_add_product, up=down.T.contiguous(), down=up.T.contiguous())))
         else:
