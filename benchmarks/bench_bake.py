@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from statistics import median
@@ -20,16 +21,19 @@ from benchmarks.report import Result
 from benchmarks.shapes import FAMILIES
 
 RANK, MOST = 128, 4
+PEERS = ("usual", "peft", "lycoris")
+"""The usual pattern, written out, and the two libraries."""
 
 
 @click.command()
 @click.option("--cache", type=click.Path(path_type=Path), required=True, help="Where the model files are, or will be.")
 @click.option("--rounds", default=3, show_default=True, help="Counted rounds; one before them is not.")
+@click.option("--peer-rounds", default=1, show_default=True, help="Counted rounds of the others.")
 @click.option("--threads", default=available_cpus(), show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where to write the figures.")
-def main(cache: Path, rounds: int, threads: int, json_path: Path | None) -> None:
+def main(cache: Path, rounds: int, peer_rounds: int, threads: int, json_path: Path | None) -> None:
     """Measure, print a table, write JSON."""
-    console = Console()
+    console = Console(width=130)
     family = FAMILIES["sd15"]
     model = model_files(family, cache, report=console.print)[0]
     adapters = [adapter_file(family, RANK, cache, report=console.print, number=n) for n in range(MOST)]
@@ -39,12 +43,18 @@ def main(cache: Path, rounds: int, threads: int, json_path: Path | None) -> None
         count: [
             *(Result(Run("floor", Job.bake(count), overlap=overlap)) for overlap in (False, True)),
             Result(Run("sdmerge", Job.bake(count))),
-            Result(Run("usual", Job.bake(count))),
+            *(
+                Result(Run(tool, Job.bake(count)))
+                for tool in PEERS
+                if importlib.util.find_spec(tool) or tool == "usual"
+            ),
         ]
         for count in (1, MOST)
     }
     for number in range(rounds + 1):
         for result in (gemm, *(one for results in by_count.values() for one in results)):
+            if result.run.tool in PEERS and number > peer_rounds:
+                continue
             outcome = execute(result.run, inputs, output, threads=threads)
             result.outcomes += [outcome] if number else []
             output.unlink(missing_ok=True)

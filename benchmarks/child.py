@@ -142,6 +142,8 @@ TOOLS: dict[str, tuple[str, Callable[[Request], Call]]] = {
     "gemm": ("", prepare_gemm),
     "sdmerge": ("sdmerge", prepare_sdmerge),
     "usual": ("", prepare_usual),
+    "peft": ("peft", lambda request: import_module("benchmarks.bake_peers").prepare("peft", request)),
+    "lycoris": ("lycoris-lora", lambda request: import_module("benchmarks.bake_peers").prepare("lycoris", request)),
     "sd-mecha": ("sd-mecha", prepare_mecha),
     "mergekit": ("mergekit", prepare_mergekit),
 }
