@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from sdformats import clip_inversion, null_text
 from sdformats.clip_inversion import read_clip_inversion
+from sdformats.errors import FormatError
 from sdformats.files import open_source
+from sdformats.layout import detect
 from sdformats.null_text import read_null_text
 from sdmerge.errors import RequestError
-from sdmerge.lora.refs import value
+from sdmerge.lora.refs import finite
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
+    from sdformats.kind import Kind
+    from sdformats.tensor import TensorSource
     from sdmerge.sampling import Painting
     from sdmerge.train.networks import Condition, Networks
     from sdmerge.train.settings import ModelSettings
@@ -50,7 +56,7 @@ class Files:
         """The prompt that stands in a file, for a request without one."""
         if self.null_text is None:
             return "" if self.image is not None else None
-        with open_source(self.null_text) as source:
+        with _opened(self.null_text, null_text.KIND) as source:
             return read_null_text(source).texts.get("prompt")
 
 
@@ -104,6 +110,7 @@ def apply(files: Files, networks: Networks, settings: ModelSettings) -> Applied:
 
     Raises:
         RequestError: a file is not for this model.
+        sdmerge.errors.NonFiniteInput: it holds NaN or infinity.
         sdformats.errors.FormatError: a file cannot be read, or is something else.
     """
     from sdmerge.train.clip import load_image_encoder
@@ -125,13 +132,27 @@ def apply(files: Files, networks: Networks, settings: ModelSettings) -> Applied:
             weight=files.weight,
             slerp=files.slerp,
         )
-        encoder_for(networks, style)  # refuses what does not fit
+        try:
+            encoder_for(networks, style)
+        except RequestError as error:
+            raise RequestError(f"{path}: {error}") from error
         found = replace(found, style=style)
     if files.null_text is not None:
         found = _with_inversion(found, files.null_text, networks)
     if files.image is not None:
         found = replace(found, image=_image(files.image, networks))
     return found
+
+
+@contextmanager
+def _opened(path: Path, kind: Kind) -> Iterator[TensorSource]:
+    """Open a small file that must be of some kind."""
+    with open_source(path) as source:
+        seen = detect(source.specs, metadata=source.metadata)
+        if kind.name not in {reading.kind for reading in seen.readings}:
+            what = seen.readings[0].title if seen.readings else seen.kind
+            raise FormatError(f"is {what}", path=path, expected=kind.title)
+        yield source
 
 
 def _add_words(path: Path, networks: Networks) -> None:
@@ -142,7 +163,7 @@ def _add_words(path: Path, networks: Networks) -> None:
     from sdmerge.train.words import ENCODERS
 
     with ExitStack() as stack:
-        _, embedding, _ = open_one(stack, path, Options(kind="embedding"))
+        _, embedding, _ = open_one(stack, path, Options())
         for word in embedding.words:
             vectors = []
             for i, encoder in enumerate(ENCODERS[networks.family], 1):
@@ -151,7 +172,7 @@ def _add_words(path: Path, networks: Networks) -> None:
                 if ref is None or ref.shape[1] != width:
                     has = ", ".join(f"{name} {one.shape[1]}" for name, one in word.vectors.items()) or "no vectors"
                     raise RequestError(f"{path}: is not for this model (it has {has}; expected {encoder} {width})")
-                vectors.append(value(ref).float())
+                vectors.append(finite(ref, path))
             for text, found in zip(networks.texts, vectors, strict=True):
                 text.add_word(word.token or path.stem, found)
 
@@ -163,13 +184,15 @@ def _with_inversion(found: Applied, path: Path, networks: Networks) -> Applied:
 
     if networks.family == "sdxl":
         raise RequestError(f"{path}: null-text inversions of SDXL have no vector for the whole text; use SD1 or SD2")
-    with open_source(path) as source:
+    with _opened(path, null_text.KIND) as source:
         record = read_null_text(source)
-        contexts = value(record.embeddings).float()
-        noise = None if record.noise is None else value(record.noise).float()
+        contexts = finite(record.embeddings, path)
+        noise = None if record.noise is None else finite(record.noise, path)
     width = int(networks.unet.config.cross_attention_dim)
     if contexts.shape[-1] != width:
-        raise RequestError(f"{path}: is for texts {contexts.shape[-1]} wide, and the model's are {width}")
+        raise RequestError(
+            f"{path}: is for texts {contexts.shape[-1]} wide, and the model's are {width} (expected an inversion by this model)"
+        )
     notes = (
         () if noise is not None else (f"{path}: holds no noise; begins with the seed's, so it paints another picture",)
     )
@@ -184,10 +207,12 @@ def _with_inversion(found: Applied, path: Path, networks: Networks) -> Applied:
 
 
 def _image(path: Path, networks: Networks) -> Tensor:
-    with open_source(path) as source:
-        vectors = value(read_clip_inversion(source).vectors).float()
+    with _opened(path, clip_inversion.KIND) as source:
+        vectors = finite(read_clip_inversion(source).vectors, path)
     width = int(networks.unet.config.cross_attention_dim)
     if vectors.shape[-1] != width:
-        raise RequestError(f"{path}: is {vectors.shape[-1]} wide, and the model is conditioned on {width}")
+        raise RequestError(
+            f"{path}: is {vectors.shape[-1]} wide, and the model is told {width} (expected an embedding that was trained for it)"
+        )
     found: Tensor = vectors
     return found

@@ -170,7 +170,9 @@ def chosen_layout(name: str | None, container: Container, embedding: Embedding, 
         order = ("diffusers", *usual) if target.suffix.lower() == ".bin" else usual
         return _first_that_holds([known[one] for one in order], embedding)
     if name not in known:
-        raise RequestError(f"{name!r} is no layout of embeddings{nearest(name, (*known, PNG))}")
+        raise RequestError(
+            f"{name!r} is no layout of embeddings (expected one of {', '.join((*known, PNG))}){nearest(name, (*known, PNG))}"
+        )
     layout = known[name]
     if layout.containers and container not in layout.containers:
         expected = " or ".join(_ENDINGS[one] for one in layout.containers)

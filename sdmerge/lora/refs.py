@@ -15,10 +15,12 @@ import torch
 from sdformats.views import Ref, Stored
 from sdkernels import cast
 from sdmerge.dtypes import TORCH
+from sdmerge.errors import NonFiniteInput
 from sdmerge.step import Read, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -98,6 +100,18 @@ def in_type(ref: Ref, dtype: DType | None) -> Ref:
 def value(ref: Ref, device: torch.device | str = "cpu") -> Tensor:
     """Read and compute a tensor, in float32 or float64; integers as float64."""
     return torch.as_tensor(ref.evaluate(lambda stored: _wide(_read(stored)).to(device), torch), device=device)
+
+
+def finite(ref: Ref, path: Path) -> Tensor:
+    """Read and compute a tensor of a small file, in float32.
+
+    Raises:
+        NonFiniteInput: it holds NaN or infinity.
+    """
+    found = value(ref).float()
+    if not bool(torch.isfinite(found).all()):
+        raise NonFiniteInput(f"{path}: holds NaN or infinity (expected numbers: train it anew, or get another copy)")
+    return found
 
 
 def step_of(name: str, ref: Ref) -> Step:

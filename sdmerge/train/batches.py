@@ -130,7 +130,7 @@ class Source:
 
     def notes(self) -> list[str]:
         """Say what was decided about the pictures."""
-        found = [f"{len(self.items):,} pictures, brought to {len(self.groups):,} sizes"]
+        found = [f"{len(self.items):,} pictures, brought to {len(self.groups):,} size{'s' * (len(self.groups) > 1)}"]
         for size, wanted in (("x".join(map(str, size)), group) for size, group in self.groups.items()):
             found.append(f"{size}: {len(set(wanted)):,} pictures")
         small = sum(item.size[0] < w or item.size[1] < h for item, (w, h) in zip(self.items, self._wanted, strict=True))

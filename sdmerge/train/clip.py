@@ -124,6 +124,8 @@ def _built(source: TensorSource, place: Path, folder: Path | None) -> ImageEncod
     import accelerate
 
     _, transformers = libraries()
+    if not any(name.startswith("vision_model.") for name in source.specs):
+        raise RequestError(f"{place}: {_NO_ENCODER}")
     if folder is None:
         config = _guessed(source, place)
     else:
@@ -149,6 +151,10 @@ def _built(source: TensorSource, place: Path, folder: Path | None) -> ImageEncod
     return ImageEncoder(model, projection, mean, spread)
 
 
+_NO_ENCODER = (
+    "is no image encoder that is known here (expected transformers' CLIPVisionModelWithProjection or CLIPModel; for unusual "
+    "widths with its config.json beside it, or in clip/ of --model-config)"
+)
 _PROJECTION, _SCALING = "text_projection.weight", "preprocessor_config.json"
 
 
@@ -163,10 +169,7 @@ def _guessed(source: TensorSource, place: Path) -> dict[str, Any]:
         shapes.get(name) for name in ("vision_model.embeddings.patch_embedding.weight", "visual_projection.weight")
     )
     if patches is None or projection is None or patches[0] not in _ACTIVATIONS:
-        raise RequestError(
-            f"{place}: is no image encoder that is known here (expected transformers' CLIPVisionModelWithProjection or "
-            "CLIPModel; for unusual widths with its config.json beside it, or in clip/ of --model-config)"
-        )
+        raise RequestError(f"{place}: {_NO_ENCODER}")
     inner = "vision_model.encoder.layers.{}.mlp.fc1.weight"
     positions = shapes["vision_model.embeddings.position_embedding.weight"][0]
     layers = 0

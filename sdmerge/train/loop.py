@@ -146,6 +146,8 @@ class Run:
         found = [data.find(p.folder, caption=p.caption, captions=self.method.captions) for p in self.parts]
         torch.manual_seed(settings.run.seed)
         self.trained = self.method.attach(self.networks, settings)
+        for items in found:
+            self.method.check(items)
         if not self.trained.parameters:
             raise RequestError(f"{self.method.name}: there is nothing to train in this model (see what was asked for)")
         self.networks.to(self.device, TYPES[settings.run.precision])

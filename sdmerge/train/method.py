@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sdmerge.errors import RequestError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from sdmerge.execute import Report
     from sdmerge.train.batches import Batch
+    from sdmerge.train.data import Item
     from sdmerge.train.log import Tell
     from sdmerge.train.loop import Saving
     from sdmerge.train.networks import Condition, Networks
@@ -100,6 +101,13 @@ class TrainingMethod:
         from pathlib import Path
 
         return (Part(Path(settings.data.data), settings.data.caption),)
+
+    def check(self, items: Sequence[Item]) -> None:
+        """Refuse pictures that the method cannot learn from.
+
+        Raises:
+            sdmerge.train.data.DataProblems: everything that is wrong with them.
+        """
 
     def variants(self) -> int:
         """Return in how many ways a picture is shown; the first is as it is."""

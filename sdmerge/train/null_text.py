@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sdmerge.train.networks import Networks
     from sdmerge.train.settings import Settings
 
-VARIANTS = ("null-text", "negative-prompt")
+VARIANTS = ("null-text", "negative-prompt", "ddim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,11 @@ class NullText(TrainingMethod):
     image: Annotated[str, Param("the picture")]
     prompt: Annotated[str, Param("what is on it")]
     variant: Annotated[
-        str, Param("negative-prompt takes the prompt for every embedding: at once, and less exact", choices=VARIANTS)
+        str,
+        Param(
+            "negative-prompt takes the prompt for every embedding: at once, and less exact; ddim the empty one, to compare with",
+            choices=VARIANTS,
+        ),
     ] = "null-text"
     steps: Annotated[int, Param("steps of sampling", 1, 1000)] = 50
     guidance: Annotated[float, Param("scale of classifier-free guidance that it is made for", 1)] = 7.5
@@ -55,14 +59,14 @@ class NullText(TrainingMethod):
         networks = load(settings.model)
         if networks.family == "sdxl":
             raise RequestError("null-text inversion is for SD1 and SD2: SDXL is also told a vector for the whole text")
-        latents = self._latents(networks, settings.data.resolution)
+        latents = self._latents(networks, settings.data.resolution, tell)
         levels = ladder(
             schedule_of(networks.scheduler, settings.loss, settings.model.prediction), networks.scheduler, self.steps
         )
         with torch.no_grad():
             told, empty = networks.read([self.prompt]), networks.read([""])
         way = inverted(networks, levels, latents, told)
-        nulls = [told] * levels.steps
+        nulls = [empty if self.variant == "ddim" else told] * levels.steps
         if self.variant == "null-text":
             with tell.progress("inverting", levels.steps) as advance:
                 nulls = optimised(
@@ -89,7 +93,7 @@ class NullText(TrainingMethod):
             )
         ]
 
-    def _latents(self, networks: Networks, resolution: int) -> Any:
+    def _latents(self, networks: Networks, resolution: int, tell: Tell) -> Any:
         from pathlib import Path
 
         from sdmerge.train import data
@@ -99,6 +103,11 @@ class NullText(TrainingMethod):
             picture = data.opened(Path(self.image))
         except data.UnreadablePicture as error:
             raise data.DataProblems([f"{self.image}: {error}"]) from error
+        if min(picture.size) < side:
+            wide, high = picture.size
+            tell.warn(
+                f"{self.image}: is {wide}x{high}, smaller than the model paints ({side}x{side}), and was enlarged"
+            )
         return networks.encode(data.pixels(picture, (side, side))[0][None])[0]
 
 

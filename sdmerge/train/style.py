@@ -14,7 +14,7 @@ from sdformats.aesthetic import read_aesthetic
 from sdformats.errors import FormatError
 from sdformats.files import open_source
 from sdmerge.errors import RequestError
-from sdmerge.lora.refs import value
+from sdmerge.lora.refs import finite
 from sdmerge.train.networks import Condition
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def encoder_for(networks: Networks, style: Style) -> int:
         if weight is not None and len(weight) == len(style.embedding):
             return i
     raise RequestError(
-        f"the style is {len(style.embedding)} wide, and no text encoder's features are (expected an embedding made with the "
+        f"is a style {len(style.embedding)} wide, and no text encoder's features are (expected an embedding made with the "
         "CLIP model that the text encoder comes from; give that with --clip)"
     )
 
@@ -131,10 +131,10 @@ def read_style(path: Path) -> Tensor:
 
     Raises:
         sdformats.errors.FormatError: the file cannot be read, or holds something else.
+        sdmerge.errors.NonFiniteInput: it holds NaN or infinity.
     """
     with open_source(path) as source:
         shapes = [spec.shape for spec in source.specs.values()]
         if len(shapes) != 1 or len(shapes[0]) not in (1, 2) or (len(shapes[0]) == 2 and shapes[0][0] != 1):
             raise FormatError("is no aesthetic embedding", path=path, expected="one tensor, [width] or [1, width]")
-        found: Tensor = value(read_aesthetic(source).vector).float().reshape(-1)
-        return found
+        return finite(read_aesthetic(source).vector, path).reshape(-1)

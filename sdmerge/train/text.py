@@ -74,8 +74,10 @@ class TextEncoder:
         """Let a word stand for vectors [n, width]. Where they are a parameter, gradients reach it.
 
         Raises:
-            RequestError: the vocabulary has it already.
+            RequestError: the vocabulary has it already, or there is nothing to it.
         """
+        if not word.strip():
+            raise RequestError("the new word is empty (expected one that the vocabulary lacks, as '<new1>')")
         names = [word, *(f"{word}_{i}" for i in range(1, len(vectors)))]
         known = len(self.tokenizer(word, add_special_tokens=False).input_ids) == 1
         if known or self.tokenizer.add_tokens(names) != len(names):

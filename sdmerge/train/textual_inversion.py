@@ -10,13 +10,14 @@ from sdmerge.method import Param
 from sdmerge.train.method import Part, Trained, TrainingMethod
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor
     from torch.nn import Parameter
 
     from sdmerge.execute import Report
+    from sdmerge.train.data import Item
     from sdmerge.train.log import Tell
     from sdmerge.train.loop import Saving
     from sdmerge.train.networks import Networks
@@ -50,6 +51,16 @@ class WordTraining(TrainingMethod):
 
         told = any("{caption}" in sentence for sentence in self.sentences)
         return (Part(Path(settings.data.data), settings.data.caption if told else settings.data.caption or ""),)
+
+    def check(self, items: Sequence[Item]) -> None:
+        from sdmerge.train.data import DataProblems
+
+        if all("{}" in sentence for sentence in self.sentences):
+            return
+        lacking = [item.path for item in items if self.token not in item.caption]
+        if lacking:
+            advice = f"expected {self.token} in every caption, or a --template with {{}} where it stands"
+            raise DataProblems([f"{path}: its caption lacks the word ({advice})" for path in lacking])
 
     def caption(self, text: str, variant: int, source: torch.Generator) -> str:
         from sdmerge.train.templates import filled

@@ -71,6 +71,20 @@ def test_the_file_paints_the_picture_again(toy: Path, photo: Path, tmp_path: Pat
         train.run("null-text", model=str(toy), output=str(file), **given)
 
 
+@pytest.mark.parametrize(("variant", "told"), [("ddim", ""), ("negative-prompt", PROMPT)])
+def test_what_needs_no_training_takes_one_text_for_every_step(
+    variant: str, told: str, toy: Path, photo: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "inversion.safetensors"
+    given = {"image": str(photo), "prompt": PROMPT, "steps": 3, "variant": variant}
+    train.run("null-text", model=str(toy), output=str(file), **given)
+    networks = load(ModelSettings(model=str(toy)))
+    found = apply(Files(null_text=file), networks, ModelSettings(model=str(toy)))
+    expected = networks.read([told]).context
+    assert len(found.nulls) == 3
+    assert all(torch.equal(null.context, expected) for null in found.nulls)
+
+
 def test_the_communitys_file_has_no_noise(toy: Path, tmp_path: Path) -> None:
     file = tmp_path / "nulls.pt"
     torch.save([torch.full((1, 77, 48), float(i)) for i in range(5)], file)

@@ -20,6 +20,7 @@ from sdmerge.errors import RequestError
 from sdmerge.lora.refs import value
 from sdmerge.train import settings as groups
 from sdmerge.train.batches import Batch
+from sdmerge.train.data import DataProblems
 from sdmerge.train.loading import load
 from sdmerge.train.loop import Saving
 from sdmerge.train.losses import schedule_of
@@ -113,11 +114,27 @@ def test_what_cannot_be_written_is_told_before_the_first_step(toy: Path, picture
         ({"to": "nowhere"}, RequestError, "no layout"),
         ({"to": "bundle-of"}, RequestError, "no layout"),
         ({"token": "red"}, RequestError, "vocabulary already"),
+        ({"token": " "}, RequestError, "the new word is empty"),
+        ({"to": "nowhere"}, RequestError, "expected one of a1111"),
         ({"init": "red heart"}, RequestError, "tokens long"),
     ):
         with pytest.raises((kind, FormatError), match=said):
             runs.trained("textual-inversion", toy, pictures, tmp_path / "o.pt", steps=1, **WORD | values)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_captions_without_the_word_are_named_before_the_first_step(toy: Path, pictures: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(pictures, tmp_path / "data")
+    first, second, *_ = sorted(data.glob("*.txt"))
+    for file in (first, second):
+        file.write_text("a large ring", encoding="utf-8")
+    with pytest.raises(DataProblems) as caught:
+        runs.trained("textual-inversion", toy, data, tmp_path / "o.pt", steps=1, **WORD)
+    assert [problem.partition(": ")[0] for problem in caught.value.problems] == [
+        str(file.with_suffix(".png")) for file in (first, second)
+    ]
+    assert "lacks the word" in caught.value.problems[0]
+    runs.trained("textual-inversion", toy, data, tmp_path / "o.pt", steps=1, **WORD | {"template": "object"})
 
 
 @pytest.mark.parametrize(("norm", "low", "high"), [("fixed", 1, 1), ("free", 0, 9), ("decay", 0, 9)])
