@@ -74,12 +74,15 @@ def _base() -> dict[str, float]:
     """Return the base's losses, also with the word that does best in the new one's place."""
     networks = load(ModelSettings(**train_cases.BASE))
     schedule = schedule_of(networks.scheduler, LossSettings(), "auto")
-    about, known = train_cases.questions(networks)
+    about, known, of_class = train_cases.questions(networks, kind=train_cases.CLASS)
+    named = concept.questions(networks, concept.diamonds(train_cases.ASKED, seed=99, token=train_cases.THING))
     words = {word: concept.loss(networks, schedule, about, word) for word in _WORDS}
     return {
         "concept": concept.loss(networks, schedule, about),
         "best word": min(words.values()),
+        "concept, named by its class": concept.loss(networks, schedule, named),
         "known": concept.loss(networks, schedule, known),
+        "class": concept.loss(networks, schedule, of_class),
     }
 
 
@@ -87,6 +90,7 @@ def _figures(result: train_cases.Result) -> dict[str, Any]:
     return {
         "concept": result.concept,
         "known": result.known,
+        "class": result.kind,
         "seconds": round(result.seconds, 1),
         "trained": result.trained,
         "bytes": result.nbytes,
@@ -102,22 +106,24 @@ def _print(base: Mapping[str, float], found: Mapping[str, Sequence[Mapping[str, 
     table = Table(
         title=f"base: concept {base['concept']:.4f}, best word {base['best word']:.4f}, known {base['known']:.4f}"
     )
-    for heading in ("method", "concept after", "drop", "known after", "seconds", "trained", "bytes"):
+    for heading in ("method", "concept after", "drop", "known after", "class drift", "seconds", "trained", "bytes"):
         table.add_column(heading)
     for name, runs in found.items():
         after = [run["concept"][1] for run in runs]
         drops = [1 - run["concept"][1] / run["concept"][0] for run in runs]
         known = [run["known"][1] for run in runs]
+        drifts = [run["class"][1] - run["class"][0] for run in runs]
         table.add_row(
             name,
             f"{statistics.median(after):.4f} ({min(after):.4f}..{max(after):.4f})",
             f"{statistics.median(drops):.0%} ({min(drops):.0%}..{max(drops):.0%})",
             f"{statistics.median(known):.4f} ({min(known):.4f}..{max(known):.4f})",
+            f"{statistics.median(drifts):.4f} ({min(drifts):.4f}..{max(drifts):.4f})",
             f"{statistics.median(run['seconds'] for run in runs):.1f}",
             f"{runs[0]['trained']:,}",
             f"{runs[0]['bytes']:,}",
         )
-    Console(width=140).print(table)
+    Console(width=170).print(table)
 
 
 if __name__ == "__main__":

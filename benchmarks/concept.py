@@ -70,10 +70,11 @@ def _diamond(scene: Any, token: str) -> Picture:
     return Picture(pixels, f"a {scene.size} {token} {scene.place}, {scene.background} background")
 
 
-def known(count: int, seed: int) -> list[Picture]:
-    """Draw what the base model knows."""
+def known(count: int, seed: int, kind: str = "") -> list[Picture]:
+    """Draw what the base model knows: all shapes, or one `kind` of them."""
     rng = np.random.default_rng(seed)
-    scenes = [shapes.sample(rng) for _ in range(count)]
+    kinds = (kind,) if kind else shapes.BASE_SHAPES
+    scenes = [shapes.sample(rng, kinds) for _ in range(count)]
     return [Picture(shapes.render(scene), scene.caption()) for scene in scenes]
 
 

@@ -1,13 +1,13 @@
 """What each training method is measured by: one short run on the tiny base model, the same in the tests and in the benchmark.
 
 Eight pictures of a concept that the model does not know are trained on; twenty-four others are asked about afterwards, and
-as many of what it knew before. See `benchmarks.concept`.
+as many of what it knew before. DreamBooth calls the concept by a rare word and its class, a shape that the model knows; how
+far the class drifts is asked of pictures of that shape. See `benchmarks.concept`.
 """
 
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 TRAINED, ASKED, PRIOR = 8, 24, 100
 NEW_WORD = "<new1> diamond"
+CLASS = "square"
+THING = f"sks {CLASS}"
 BASE = {"model": str(concept.TINY / "tiny-base.safetensors"), "model_config": str(concept.TINY / "config")}
 COMMON: Mapping[str, Any] = {"steps": 40, "batch": 8, "device": "cpu", "dtype": "fp32"}
 
@@ -41,7 +43,7 @@ class Case:
         values: its settings, beside `COMMON`.
         ending: of the output's name.
         token: what captions call the concept.
-        prior: whether pictures of what the model knows are shown as the class.
+        prior: whether pictures of the class are shown beside: of `CLASS`, or of all that the model knows.
     """
 
     method: str
@@ -50,18 +52,32 @@ class Case:
     token: str = concept.TOKEN
     prior: bool = False
 
+    @property
+    def kind(self) -> str:
+        """The shape that is the concept's class; empty: all shapes are."""
+        return CLASS if self.token == THING else ""
 
+
+_DREAMBOOTH: Mapping[str, Any] = {"lr": 3e-5, "steps": 100, "batch": 4}
+_CUSTOM: Mapping[str, Any] = {"lr": 3e-3, "words": ("<new1>",), "init": ("sks",)}
+_INVERSION: Mapping[str, Any] = {
+    "lr": 0.02,
+    "schedule": "cosine",
+    "vectors": 4,
+    "token": "<new1>",
+    "template": "captions",
+    "init": "sks",
+}
 CASES: Mapping[str, Case] = {
     "fine-tuning": Case("finetune", {"lr": 1e-4}),
     "LoRA, rank 4": Case("lora", {"rank": 4, "lr": 3e-3}),
-    "Custom Diffusion": Case(
-        "custom-diffusion", {"lr": 3e-3, "words": ("<new1>",), "init": ("sks",)}, ".bin", token=NEW_WORD
-    ),
+    "Custom Diffusion": Case("custom-diffusion", _CUSTOM, ".bin", token=NEW_WORD, prior=True),
+    "Custom Diffusion, no class": Case("custom-diffusion", _CUSTOM, ".bin", token=NEW_WORD),
+    "textual inversion, 4 vectors": Case("textual-inversion", _INVERSION, ".pt", token=NEW_WORD),
     "hypernetwork, linear": Case("hypernetwork", {"lr": 3e-3}, ".pt"),
     "hypernetwork, relu": Case("hypernetwork", {"lr": 3e-3, "activation": "relu"}, ".pt"),
-    "DreamBooth": Case("dreambooth", {"lr": 3e-5}),
-    "DreamBooth, prior weight 1": Case("dreambooth", {"lr": 3e-5}, prior=True),
-    "DreamBooth, prior weight 4": Case("dreambooth", {"lr": 3e-5, "prior_weight": 4.0}, prior=True),
+    "DreamBooth": Case("dreambooth", _DREAMBOOTH, token=THING),
+    "DreamBooth, prior weight 1": Case("dreambooth", _DREAMBOOTH, token=THING, prior=True),
 }
 
 
@@ -70,7 +86,7 @@ class Result:
     """What a run gave.
 
     Attributes:
-        concept, known: losses before and after, on the concept and on what the model knew.
+        concept, known, kind: losses before and after, on the concept, on what the model knew, and on the concept's class.
         seconds: of the processor, for all steps.
         trained: how many numbers were trained.
         nbytes: of the file.
@@ -78,6 +94,7 @@ class Result:
 
     concept: tuple[float, float]
     known: tuple[float, float]
+    kind: tuple[float, float]
     seconds: float
     trained: int
     nbytes: int
@@ -93,11 +110,18 @@ class Result:
         """By how much the loss on what the model knew rose."""
         return self.known[1] - self.known[0]
 
+    @property
+    def class_drift(self) -> float:
+        """By how much the loss on the concept's class rose."""
+        return self.kind[1] - self.kind[0]
 
-def questions(networks: Networks, token: str = concept.TOKEN) -> tuple[list[Batch], list[Batch]]:
-    """Return what models are asked: about the concept, and about what the base knew."""
-    about = concept.questions(networks, concept.diamonds(ASKED, seed=99, token=token))
-    return about, concept.questions(networks, concept.known(ASKED, seed=98))
+
+def questions(networks: Networks, token: str = concept.TOKEN, kind: str = "") -> tuple[list[Batch], ...]:
+    """Return what models are asked: about the concept, about what the base knew, and about the concept's class, if any."""
+    asked = [concept.diamonds(ASKED, seed=99, token=token), concept.known(ASKED, seed=98)]
+    if kind:
+        asked.append(concept.known(ASKED, seed=97, kind=kind))
+    return tuple(concept.questions(networks, pictures) for pictures in asked)
 
 
 def measure(case: Case, folder: Path, seed: int = 0) -> Result:
@@ -107,21 +131,23 @@ def measure(case: Case, folder: Path, seed: int = 0) -> Result:
     output = folder / f"out{case.ending}"
     values: dict[str, Any] = {**BASE, "data": str(data), "output": str(output), "seed": seed, **COMMON, **case.values}
     if case.prior:
-        values["class_data"] = str(concept.write(concept.known(PRIOR, seed=50 + seed), folder / "class"))
+        values["class_data"] = str(
+            concept.write(concept.known(PRIOR, seed=50 + seed, kind=case.kind), folder / "class")
+        )
     found = find(case.method)
     groups.check_names(values, {**groups.GROUPS, "method": found})
     made = {name: groups.made(cls, values, found.defaults) for name, cls in groups.GROUPS.items()}
     run = Run(groups.made(found, values), groups.Settings(**made), Silent())
     run.prepare()
-    about, known = questions(run.networks, case.token)
+    asked = questions(run.networks, case.token, case.kind)
     schedule = run.objective.schedule
-    before = [concept.loss(run.networks, schedule, batches) for batches in (about, known)]
+    before = [concept.loss(run.networks, schedule, batches) for batches in asked]
     run.networks.train(checkpointing=False)
     started = time.process_time()
     run.loop(None)
     seconds = time.process_time() - started
-    after = [concept.loss(run.networks, schedule, batches) for batches in (about, known)]
-    with nullcontext():
-        [report, *_] = run.finish()
+    after = [concept.loss(run.networks, schedule, batches) for batches in asked]
+    [report, *_] = run.finish()
     trained = sum(parameter.numel() for parameter in run.trained.parameters.values())
-    return Result((before[0], after[0]), (before[1], after[1]), seconds, trained, report.nbytes, run)
+    about, known, *of_class = zip(before, after, strict=True)
+    return Result(about, known, of_class[0] if of_class else known, seconds, trained, report.nbytes, run)
