@@ -33,7 +33,7 @@ def test_custom_diffusion_forgets_less_than_a_lora_and_learns_more_than_a_word(t
     assert lora.drop > 0.35
     assert custom.drop > 0.25
     assert lora.concept[1] < custom.concept[1] < word.concept[1] < word.concept[0]
-    assert custom.drift < 0.85 * lora.drift
+    assert custom.drift < 0.8 * lora.drift
     assert word.known[1] == word.known[0]
 
 
