@@ -31,7 +31,7 @@ LAYOUTS = ("single-file", "diffusers")
 def main(family: str, cache: Path, rounds: int, threads: int, json_path: Path | None) -> None:
     """Measure, print a table, write JSON."""
     console = Console()
-    single = model_files(FAMILIES[family], cache, report=console.print, models=1)[0]
+    single = model_files(FAMILIES[family], cache, report=console.print, models="a")[0]
     folder = cache / f"{family}-folder"
     if not folder.exists():
         sdmerge.convert(single, folder, to="diffusers")

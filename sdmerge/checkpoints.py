@@ -88,6 +88,8 @@ def convert_model(given: Given, target: Path, conversion: Conversion, options: O
     if conversion.to not in (None, *SPELLINGS):
         hint = nearest(conversion.to, SPELLINGS)
         raise RequestError(f"{conversion.to!r} is no layout of models (expected {' or '.join(SPELLINGS)}){hint}")
+    if conversion.to is None and source.container == "folder" and target.suffix.lower() in FILE_ENDINGS:
+        conversion = replace(conversion, to=SINGLE_FILE)  # its name says that it is one file
     notes = policy.Notes()
     with no_collection():
         keys = policy.averaged(source.path.name, source.specs, options, notes)
