@@ -207,3 +207,11 @@ def test_a_cut_off_encoder_is_refused(folders: Mapping[str, Path], tmp_path: Pat
     save_file(tensors, file)
     with pytest.raises(CorruptFile, match=r"a: .*has no .*self_attn\.k_proj\.weight beside it"):
         api.convert(source, tmp_path / "b.safetensors", to="single-file")
+
+
+def test_the_name_of_the_output_asks_for_a_single_file(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    api.convert(folders["sd1"], tmp_path / "told.safetensors", to="single-file")
+    api.convert(folders["sd1"], tmp_path / "named.safetensors")
+    assert (tmp_path / "named.safetensors").read_bytes() == (tmp_path / "told.safetensors").read_bytes()
+    api.convert(folders["sd1"], tmp_path / "folder")
+    assert (tmp_path / "folder" / "model_index.json").is_file()
