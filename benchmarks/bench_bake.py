@@ -53,7 +53,7 @@ def main(cache: Path, rounds: int, peer_rounds: int, threads: int, json_path: Pa
     }
     for number in range(rounds + 1):
         for result in (gemm, *(one for results in by_count.values() for one in results)):
-            if result.run.tool in PEERS and number > peer_rounds:
+            if result.run.tool in PEERS and not 0 < number <= peer_rounds:
                 continue
             outcome = execute(result.run, inputs, output, threads=threads)
             result.outcomes += [outcome] if number else []

@@ -22,6 +22,7 @@ from sdmerge import worker
 from sdmerge.dtypes import TORCH
 from sdmerge.lora.bake import Baked
 from sdmerge.lora.grouped import Baking, bake, parts_of
+from sdmerge.whole import as_bytes, scaled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -249,7 +250,7 @@ class Worker:
             there = whole[at : at + _PIECE]
             slot = self._in.take()
             here = slot.memory[: there.numel()]
-            read.source.read_into(key, start + at, worker.as_bytes(here))
+            read.source.read_into(key, start + at, as_bytes(here))
             self._lanes.inward.do(partial(_copy, here, there))
             slot.settle = self._lanes.inward.mark().wait
         return whole
@@ -342,14 +343,14 @@ def _bring(result: _Result, start: int, into: Tensor) -> None:
 
 def _write(there: Mark, target: Target, offset: int, data: Tensor) -> None:
     there.wait()
-    target.sink.write(target.step.name, offset, worker.as_bytes(data))
+    target.sink.write(target.step.name, offset, as_bytes(data))
 
 
 def _scaled(reads: Sequence[Read], values: list[Tensor]) -> list[Tensor]:
     """Multiply fp8 tensors with their factors, which come last."""
     factors = iter(values[len(reads) :])
     pairs = zip(reads, values, strict=False)
-    return [value if read.scale is None else worker.scaled(value, next(factors)) for read, value in pairs]
+    return [value if read.scale is None else scaled(value, next(factors)) for read, value in pairs]
 
 
 def _length(x: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor
 from sdmerge.dtypes import TORCH
 from sdmerge.policy import COMPUTABLE
 from sdmerge.team import in_threads
-from sdmerge.worker import BLOCK, WIDEST, as_bytes
+from sdmerge.whole import as_bytes
+from sdmerge.worker import BLOCK, WIDEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -20,6 +20,7 @@ from sdkernels import cast
 from sdmerge import worker
 from sdmerge.errors import NonFiniteInput, OutputOverflow, RequestError
 from sdmerge.team import in_threads
+from sdmerge.whole import Pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -112,7 +113,7 @@ class Job:
         self.groups = _groups(outputs)
         largest = max((group[0].step.memory for group in self.groups if group[0].step.whole), default=0)
         self.room = _Room(max(largest, _LEAST_ROOM))
-        self.pool = worker.Pool()
+        self.pool = Pool()
         self._lock = threading.Lock()
 
     def count_nonfinite(self, read: Read, values: Tensor) -> int:

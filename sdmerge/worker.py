@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from torch import Tensor
 from sdkernels import cast, native, philox, rounding
 from sdmerge.dtypes import TORCH
 from sdmerge.expression import Call, InTiles
+from sdmerge.whole import as_bytes, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -220,10 +220,14 @@ class Worker:
 
     def _whole(self, group: Group) -> None:
         """Whole tensors, scaled where they are fp8 with a factor. Memory is what the tensors take."""
-        pool = self._job.pool
-        buffers = [pool.take(read.spec.nbytes) for read in group[0].step.reads]
-        pairs = zip(group[0].step.reads, buffers, strict=True)
-        values = [whole(read, buffer) for read, buffer in pairs]
+        pool, reads, in_bands = self._job.pool, group[0].step.reads, _read_in_bands(group)
+        buffers = {i: pool.take(read.spec.nbytes) for i, read in enumerate(reads) if i != in_bands}
+        values = [
+            whole(read, buffers[i])
+            if i in buffers
+            else torch.empty(read.spec.shape, dtype=TORCH[read.spec.dtype], device="meta")
+            for i, read in enumerate(reads)
+        ]
         for target in group:
             if isinstance(target.step.compute, Call) and target.step.compute.in_blocks:
                 self._measured(target, target.step.compute, values)
@@ -232,7 +236,7 @@ class Worker:
             else:
                 self._at_once(target, values)
         del values
-        pool.give(buffers)
+        pool.give(buffers.values())
 
     def _measured(self, target: Target, call: Call, values: list[Tensor]) -> None:
         """Measure whole tensors, then compute and write block by block."""
@@ -256,7 +260,7 @@ class Worker:
         rows = max(1, min(TILE_SIZE // max(1, columns), flat.shape[0]))
         tiles, bands = self._scratch("tile", rows * columns, wide), self._scratch("band", rows * flat.shape[1], dtype)
         for row in range(0, flat.shape[0] if flat.numel() else 0, rows):
-            stored = flat[row : row + rows]
+            stored = self._band(step.reads[0], flat[row : row + rows], row * flat.shape[1])
             out = bands[: stored.numel()].view(stored.shape)
             for column in range(0, flat.shape[1], columns):
                 part = stored[:, column : column + columns]
@@ -264,6 +268,14 @@ class Worker:
                 add(change, row, column, fresh=True)
                 self._end_tile(step, part, change, out[:, column : column + columns], row * flat.shape[1] + column)
             target.sink.write(step.name, row * flat.shape[1] * dtype.itemsize, as_bytes(out))
+
+    def _band(self, read: Read, band: Tensor, start: int) -> Tensor:
+        """Return rows of a matrix, from element `start` on: as they are, or read now where they are not in memory."""
+        if not band.is_meta:
+            return band
+        memory = self._scratch("stored", band.numel(), band.dtype)[: band.numel()]
+        read.source.read_into(read.key, start * band.dtype.itemsize, as_bytes(memory))
+        return memory.view(band.shape)
 
     def _scratch(self, use: str, count: int, dtype: torch.dtype) -> Tensor:
         """Return memory of this thread, the same whenever as many numbers of this type are asked for."""
@@ -315,64 +327,20 @@ class Worker:
             self._job.count_overflow(step, result, dtype, finite=not bad)
 
 
+def _read_in_bands(group: Group) -> int | None:
+    """Return which read of a step can be read piece by piece, because it is only added to; None for none."""
+    step = group[0].step
+    if len(group) > 1 or not isinstance(step.compute, InTiles) or not step.compute.light:
+        return None
+    index = step.compute.index
+    read = step.reads[index]
+    return index if read.spec.shape and read.scale is None else None
+
+
 def _buffers(held: list[_Buffer], count: int) -> list[_Buffer]:
     """Return as many as are needed of what is held; more are made where there are too few."""
     held += [_Buffer() for _ in range(count - len(held))]
     return held[:count]
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor, writable, as bytes."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def whole(read: Read, buffer: Tensor) -> Tensor:
-    """Return one tensor as stored, in the memory of `buffer` (bytes); in float32, times its factor, where it has one."""
-    values = _stored(read, read.key, buffer).reshape(read.spec.shape)
-    if read.scale is None:
-        return values
-    return scaled(
-        values, _stored(read, read.scale, torch.empty(read.source.specs[read.scale].nbytes, dtype=torch.uint8))
-    )
-
-
-def scaled(values: Tensor, factor: Tensor) -> Tensor:
-    """Return fp8 values times their factor, or one for each row, in float32."""
-    values, factor = values.float(), factor.float()
-    return values * (factor if factor.numel() == 1 else factor.reshape(-1, *[1] * (values.dim() - 1)))
-
-
-def _stored(read: Read, key: str, buffer: Tensor) -> Tensor:
-    spec = read.source.specs[key]
-    window = buffer[: spec.nbytes]
-    if spec.nbytes:
-        read.source.read_into(key, 0, as_bytes(window))
-    return window.view(TORCH[spec.dtype])
-
-
-class Pool:
-    """Memory for whole tensors, used again by all threads: a large piece from the system is cleared page by page first."""
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-        self._lock = threading.Lock()
-
-    def take(self, nbytes: int) -> Tensor:
-        """Return at least `nbytes` bytes: the smallest free piece that holds them, or a new one."""
-        with self._lock:
-            fits = [piece for piece in self._free if piece.numel() >= nbytes]
-            if fits:
-                best = min(fits, key=Tensor.numel)
-                self._free = [piece for piece in self._free if piece is not best]
-                return best
-            if self._free:  # one that is too small makes way
-                del self._free[0]
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def give(self, pieces: Sequence[Tensor]) -> None:
-        """Take pieces back."""
-        with self._lock:
-            self._free = sorted([*self._free, *pieces], key=Tensor.numel)
 
 
 def finite(values: Tensor) -> bool:

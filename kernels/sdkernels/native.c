@@ -103,16 +103,21 @@ INLINE Group value_of(const Term *term, size_t row, size_t column, size_t count,
     return value;
 }
 
+/* The types of the first term, of the others, and of the sum. */
+typedef struct {
+    Type first, others, sum;
+} Types;
+
 /* Add up at most a group; return its largest magnitudes, lane by lane, as bits. */
-INLINE __m256i sum(const Term *terms, size_t length, const Matrix *out, size_t row, size_t column, size_t count, Type type) {
-    Group total = value_of(terms, row, column, count, type);
+INLINE __m256i sum(const Term *terms, size_t length, const Matrix *out, size_t row, size_t column, size_t count, Types types) {
+    Group total = value_of(terms, row, column, count, types.first);
     if (terms->weight != 1) EACH(i) total.v[i] = _mm256_mul_ps(_mm256_set1_ps((float)terms->weight), total.v[i]);
     for (const Term *term = terms + 1; term < terms + length; term++) {
-        const Group value = value_of(term, row, column, count, type);
+        const Group value = value_of(term, row, column, count, types.others);
         const __m256 weight = _mm256_set1_ps((float)term->weight);
         EACH(i) total.v[i] = _mm256_fmadd_ps(weight, value.v[i], total.v[i]);
     }
-    store(total, out, row, column, count, type);
+    store(total, out, row, column, count, types.sum);
     __m256i largest = _mm256_setzero_si256();
     EACH(i) {
         const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(total.v[i]), _mm256_set1_epi32(0x7fffffff));
@@ -121,14 +126,14 @@ INLINE __m256i sum(const Term *terms, size_t length, const Matrix *out, size_t r
     return largest;
 }
 
-/* Each call of this with a constant `type` is a loop of its own, without a look at types in it. */
-INLINE int combine_row(const Term *terms, size_t length, const Matrix *out, size_t row, size_t columns, Type type) {
+/* Each call of this with constant types is a loop of its own, without a look at types in it. */
+INLINE int combine_row(const Term *terms, size_t length, const Matrix *out, size_t row, size_t columns, Types types) {
     __m256i largest = _mm256_setzero_si256();
     size_t column = 0;
     for (; column + GROUP <= columns; column += GROUP)
-        largest = _mm256_max_epi32(largest, sum(terms, length, out, row, column, GROUP, type));
+        largest = _mm256_max_epi32(largest, sum(terms, length, out, row, column, GROUP, types));
     if (column < columns)
-        largest = _mm256_max_epi32(largest, sum(terms, length, out, row, column, columns - column, type));
+        largest = _mm256_max_epi32(largest, sum(terms, length, out, row, column, columns - column, types));
     const __m256i bad = _mm256_cmpgt_epi32(largest, _mm256_set1_epi32(TOO_LARGE[out->type] - 1));
     return _mm256_testz_si256(bad, bad);
 }
@@ -141,16 +146,28 @@ typedef struct {
     int64_t finite;
 } Sum;
 
+/* The type that both of a term's matrices have, or MIXED. */
+static Type type_of(const Term *term) {
+    return !term->y.data || term->y.type == term->x.type ? (Type)term->x.type : MIXED;
+}
+
 static void add_up(Sum *to, size_t row, size_t columns) {
-    int alike = 1;
-    for (const Term *term = to->terms; term < to->terms + to->length; term++)
-        alike &= term->x.type == to->out.type && (!term->y.data || term->y.type == to->out.type);
-    if (alike && to->out.type == FLOAT16)
-        to->finite &= combine_row(to->terms, to->length, &to->out, row, columns, FLOAT16);
-    else if (alike && to->out.type == BFLOAT16)
-        to->finite &= combine_row(to->terms, to->length, &to->out, row, columns, BFLOAT16);
-    else
-        to->finite &= combine_row(to->terms, to->length, &to->out, row, columns, MIXED);
+    const Term *const end = to->terms + to->length;
+    Type others = to->length > 1 ? type_of(to->terms + 1) : type_of(to->terms);
+    for (const Term *term = to->terms + 1; term < end; term++)
+        if (type_of(term) != others) others = MIXED;
+    const Types types = {type_of(to->terms), others, (Type)to->out.type};
+#define CASE(x, y, z)                                                                                     \
+    if (types.first == x && types.others == y && types.sum == z) {                                        \
+        to->finite &= combine_row(to->terms, to->length, &to->out, row, columns, (Types){x, y, z});       \
+        return;                                                                                           \
+    }
+    CASE(FLOAT16, FLOAT16, FLOAT16)
+    CASE(BFLOAT16, BFLOAT16, BFLOAT16)
+    CASE(FLOAT16, FLOAT32, FLOAT16) /* a weight, and what is added to it */
+    CASE(BFLOAT16, FLOAT32, BFLOAT16)
+#undef CASE
+    to->finite &= combine_row(to->terms, to->length, &to->out, row, columns, (Types){MIXED, MIXED, MIXED});
 }
 
 /* A part of a file, and the memory of `size` bytes for a row of it at a time. */
