@@ -1,6 +1,6 @@
-"""Run the commands of docs/training-embeddings.md, and show what they paint: ``python examples/embeddings.py -o sheet.png``.
+"""Run the commands of a document, and show what they paint: ``python examples/documents.py training -o sheet.png``.
 
-Every command is run as it stands there, in an empty folder, and its seconds are told.
+Every command under the heading of the examples is run as it stands there, in an empty folder, and its seconds are told.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ from PIL import Image, ImageDraw, ImageFont
 from sdmerge import pictures
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs" / "training-embeddings.md"
+EXAMPLES = {"training-embeddings": "", "training": "## Each method, on the tiny model"}
+"""Documents in docs/, and the heading that the examples stand under, where there is other text, too."""
 _TITLE = 44
 _DRAWN = re.compile(r"examples/draw\.py (\S+)")
 _PAINTED = re.compile(r"-o (\S+\.png)")
 
 
-def sections() -> dict[str, list[str]]:
+def sections(document: str) -> dict[str, list[str]]:
     """Return the commands under each heading; continued lines are one command."""
     found: dict[str, list[str]] = {}
     heading = ""
-    for line in DOCS.read_text(encoding="utf-8").replace("\\\n", "").splitlines():
-        if line.startswith("## "):
-            heading = line.removeprefix("## ")
+    text = (ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8").replace("\\\n", "")
+    if begin := EXAMPLES[document]:
+        text = text.partition(begin)[2].partition("\n## ")[0]
+    for line in text.splitlines():
+        if line.startswith(("## ", "### ")):
+            heading = line.lstrip("# ")
         if line.startswith("    "):
             found.setdefault(heading or "Pictures to train on", []).append(" ".join(line.split()))
     return found
@@ -79,9 +83,10 @@ def stacked(rows: dict[str, list[Image.Image]]) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("document", choices=EXAMPLES)
     parser.add_argument("-o", "--output", type=Path, required=True)
     chosen = parser.parse_args()
-    found = sections()
+    found = sections(chosen.document)
     variables = [line for lines in found.values() for line in lines if re.match(r"[A-Z]+=", line)]
     rows: dict[str, list[Image.Image]] = {}
     with tempfile.TemporaryDirectory() as name:
