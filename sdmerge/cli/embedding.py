@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
 from sdmerge.cli import options
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-F = TypeVar("F", bound="Callable[..., Any]")
 
 _TO = click.option(
     "--to",
@@ -21,13 +16,8 @@ _TO = click.option(
 _OUTPUT = click.option(
     "-o", "--output", required=True, type=click.Path(), help="Where to write: .safetensors, .pt, .png, ..."
 )
+_written = options.together(options.output_options, _OUTPUT, _TO, options.TOKEN, options.FOR)
 _CHOSEN = ("output", "to", "token", "for_family")
-
-
-def _written(function: F) -> F:
-    for option in reversed((_OUTPUT, _TO, options.TOKEN, options.FOR)):
-        function = option(function)
-    return options.output_options(function)
 
 
 @click.group("embedding")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sdmerge.cli import options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sdmerge.lora.combine import How
 
-F = TypeVar("F", bound="Callable[..., Any]")
-
-_LIMITS = (
+_limits = options.together(
     options.limits("module", "64MB"),
     click.option(
         "--to", metavar="LAYOUT", help="The layout to write; `sdmerge layouts` lists them. Default: the input's."
@@ -25,12 +21,6 @@ _LIMITS = (
     options.OUTPUT,
 )
 _CHOSEN = ("output", "rank", "size", "energy", "error", "to", "report", "plot")
-
-
-def _limits(function: F) -> F:
-    for option in reversed(_LIMITS):
-        function = option(function)
-    return function
 
 
 @click.command("resize-lora")

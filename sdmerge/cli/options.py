@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
+
+def together(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """Return one decorator that adds several options; help texts show them in this order."""
+
+    def add(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
 DEVICE = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
 )
@@ -48,7 +60,20 @@ MODEL_CONFIG = click.option(
 )
 QUIET = click.option("--quiet", is_flag=True, help="Say nothing but results, warnings and errors.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")
-_OUTPUT = (
+_SAFETENSORS = click.option("-o", "--output", required=True, type=click.Path(), help="The .safetensors file to write.")
+_MISSING = click.option(
+    "--missing",
+    type=click.Choice(get_args(Missing)),
+    default="keep",
+    show_default=True,
+    help="A tensor of A that another model lacks: keep A's value, leave it out, or stop.",
+)
+_HASH = click.option(
+    "--hash", "hash_inputs", is_flag=True, help="Put the inputs' sha256 into the metadata (reads them once more)."
+)
+_VAE = click.option("--vae", type=click.Path(), help="Take the VAE from this file.")
+
+output_options = together(
     click.option("--dtype", type=click.Choice(list(OUTPUT_TYPES)), default="keep", show_default=True,
                  help="Type of the floating tensors; keep takes A's."),
     DEVICE,
@@ -64,32 +89,25 @@ _OUTPUT = (
     QUIET,
     AS_JSON,
 )  # fmt: skip
-_FOLDER = (
+"""What every command that writes has."""
+
+folder_options = together(
     click.option("--shard-size", metavar="SIZE", help="For diffusers folders: bytes in a file, at most, as 5GB."),
     click.option("--prediction", type=click.Choice(get_args(Prediction)),
                  help="For diffusers folders: what the model predicts, where nothing in it tells."),
     click.option("--tokenizer", type=click.Path(), metavar="DIR",
                  help="For diffusers folders: take tokenizers from here, a diffusers folder or a tokenizer's own."),
 )  # fmt: skip
-_MERGE = (
-    click.option("--missing", type=click.Choice(get_args(Missing)), default="keep", show_default=True,
-                 help="A tensor of A that another model lacks: keep A's value, leave it out, or stop."),
-    click.option("--hash", "hash_inputs", is_flag=True, help="Put the inputs' sha256 into the metadata (reads them once more)."),
-)  # fmt: skip
+"""What every command has that may write a diffusers folder."""
 
+merge_options = together(_SAFETENSORS, _MISSING, _HASH, output_options)
+"""What every merge command has."""
 
-def output_options(function: F) -> F:
-    """Add what every command that writes has."""
-    for option in reversed(_OUTPUT):
-        function = option(function)
-    return function
+bake_options = together(_SAFETENSORS, _HASH, output_options)
+"""What baking has: an output, and whether inputs are hashed."""
 
-
-def folder_options(function: F) -> F:
-    """Add what every command has that may write a diffusers folder."""
-    for option in reversed(_FOLDER):
-        function = option(function)
-    return function
+run_options = together(_MISSING, _HASH, _VAE, output_options)
+"""What a recipe can be run with: it may say itself where to write."""
 
 
 def limits(what: str, size: str, *, default: str = "") -> Callable[[F], F]:
@@ -100,46 +118,13 @@ def limits(what: str, size: str, *, default: str = "") -> Callable[[F], F]:
         size: an example of a file's size.
         default: the rank where none is asked for.
     """
-    added = (
+    return together(
         click.option("--rank", type=click.IntRange(1), metavar="R",
                      help=f"The rank of every {what}.{default and f' Default: {default}.'}"),
         click.option("--size", metavar=size, help="The size of the file: ranks are chosen for the least error in it."),
         click.option("--energy", type=float, metavar="E", help=f"Keep this share of each {what}'s squared singular values."),
         click.option("--error", type=float, metavar="E", help=f"Keep each {what}'s relative error below this."),
     )  # fmt: skip
-
-    def add(function: F) -> F:
-        for option in reversed(added):
-            function = option(function)
-        return function
-
-    return add
-
-
-def merge_options(function: F) -> F:
-    """Add what every merge command has."""
-    for option in reversed((*_MERGE, *_OUTPUT)):
-        function = option(function)
-    return click.option("-o", "--output", required=True, type=click.Path(), help="The .safetensors file to write.")(
-        function
-    )
-
-
-def bake_options(function: F) -> F:
-    """Add what baking has: an output, and whether inputs are hashed."""
-    for option in reversed((_MERGE[1], *_OUTPUT)):
-        function = option(function)
-    return click.option("-o", "--output", required=True, type=click.Path(), help="The .safetensors file to write.")(
-        function
-    )
-
-
-def run_options(function: F) -> F:
-    """Add what a recipe can be run with: it may say itself where to write."""
-    vae = click.option("--vae", type=click.Path(), help="Take the VAE from this file.")
-    for option in reversed((*_MERGE, vae, *_OUTPUT)):
-        function = option(function)
-    return function
 
 
 def api_options(given: dict[str, Any]) -> OptionFields:

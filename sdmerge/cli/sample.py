@@ -11,7 +11,7 @@ from sdmerge.cli import options, screen
 if TYPE_CHECKING:
     from sdmerge.applied import Files
 
-_OPTIONS = (
+_with_options = options.together(
     click.option("--adapter", "adapters", multiple=True, metavar="FILE[:STRENGTH]", help="An adapter to add to the model."),
     click.option("--embedding", "embeddings", multiple=True, metavar="FILE", help="New words, called as in the file, or as it."),
     click.option("--aesthetic", metavar="FILE[:STEPS]", help="A style that the text encoder is moved toward; 5 steps."),
@@ -47,12 +47,6 @@ _OPTIONS = (
     options.QUIET,
     click.option("-o", "--output", required=True, type=click.Path(), help="The PNG file to write."),
 )  # fmt: skip
-
-
-def _with_options(function: Any) -> Any:
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
 
 
 @click.command("sample")

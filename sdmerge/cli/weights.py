@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from sdmerge.cli import options
 from sdmerge.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from sdmerge.method import Method, Parameter
 
-F = TypeVar("F", bound="Callable[..., Any]")
-
 _LARGEST_SWEEP = 100
-_OPTIONS = (
+
+weight_options = options.together(
     click.option("--blocks", "block_weights", multiple=True, metavar="[NAME=]WEIGHTS",
                  help="Block weights: 0,0.1,... or preset:GRAD_V or IN00=0.3,OUT05-OUT08=0.7; `sdmerge blocks` shows them."),
     click.option("--rule", "rules", multiple=True, metavar="[NAME=]RULE",
@@ -29,13 +29,7 @@ _OPTIONS = (
     click.option("--sweep", "sweeps", multiple=True, metavar="NAME=FROM:TO:STEP",
                  help="Several outputs over one read of the inputs; also NAME=0.2,0.5."),
 )  # fmt: skip
-
-
-def weight_options(function: F) -> F:
-    """Add what varies a method's parameters."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+"""What varies a method's parameters."""
 
 
 def parsed(method: Method, parameters: Iterable[str]) -> dict[str, Any]:
