@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +18,7 @@ from benchmarks.child import GEMM
 from benchmarks.jobs import Job, Run, execute
 from benchmarks.measure import available_cpus, describe_machine
 from benchmarks.model_files import model_files
-from benchmarks.report import Result
+from benchmarks.report import Result, turns
 from benchmarks.shapes import FAMILIES
 
 RANK, MOST = 128, 4
@@ -51,13 +52,12 @@ def main(cache: Path, rounds: int, peer_rounds: int, threads: int, json_path: Pa
         ]
         for count in (1, MOST)
     }
-    for number in range(rounds + 1):
-        for result in (gemm, *(one for results in by_count.values() for one in results)):
-            if result.run.tool in PEERS and not 0 < number <= peer_rounds:
-                continue
-            outcome = execute(result.run, inputs, output, threads=threads)
-            result.outcomes += [outcome] if number else []
-            output.unlink(missing_ok=True)
+    for number, result in turns((gemm, *chain.from_iterable(by_count.values())), rounds):
+        if result.run.tool in PEERS and not 0 < number <= peer_rounds:
+            continue
+        outcome = execute(result.run, inputs, output, threads=threads)
+        result.outcomes += [outcome] if number > 0 else []
+        output.unlink(missing_ok=True)
     rate = 2 * GEMM**3 / min(gemm.seconds)
     rows = []
     for count, results in by_count.items():

@@ -14,7 +14,7 @@ from benchmarks.child import size_of
 from benchmarks.jobs import Job, Run, execute
 from benchmarks.measure import available_cpus, describe_machine
 from benchmarks.model_files import model_files
-from benchmarks.report import Result, against_floors, table_of
+from benchmarks.report import Result, against_floors, table_of, turns
 from benchmarks.shapes import FAMILIES
 
 LAYOUTS = ("single-file", "diffusers")
@@ -37,14 +37,13 @@ def main(family: str, cache: Path, rounds: int, threads: int, json_path: Path | 
         sdmerge.convert(single, folder, to="diffusers")
     floors = [Result(Run("floor", Job.convert("floor"), overlap=overlap)) for overlap in (False, True)]
     results = [Result(Run("sdmerge", Job.convert(layout))) for layout in LAYOUTS]
-    for number in range(rounds + 1):
-        for result in (*floors, *results):
-            into_folder = result.run.job.layout == "diffusers"
-            source = folder if result.run.job.layout == "single-file" else single
-            output = cache / ("converted" if into_folder else "converted.safetensors")
-            outcome = execute(result.run, (source,), output, threads=threads)
-            result.outcomes += [outcome] if number else []
-            shutil.rmtree(output) if into_folder else output.unlink()
+    for number, result in turns((*floors, *results), rounds):
+        into_folder = result.run.job.layout == "diffusers"
+        source = folder if result.run.job.layout == "single-file" else single
+        output = cache / ("converted" if into_folder else "converted.safetensors")
+        outcome = execute(result.run, (source,), output, threads=threads)
+        result.outcomes += [outcome] if number > 0 else []
+        shutil.rmtree(output) if into_folder else output.unlink()
     rows = against_floors(floors, results)
     console.print(table_of(rows))
     if json_path:

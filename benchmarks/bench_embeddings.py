@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import concept, embedding_effects
+from benchmarks.report import turns
 from sdmerge.demo import load_pipeline
 from sdmerge.train.loading import load
 from sdmerge.train.settings import ModelSettings
@@ -96,12 +97,10 @@ def _step_times(model: Path, folder: Path, rounds: int) -> dict[str, float]:
         example = _example(model, folder / "data", run.sources[0], encoded=encoded)
         kinds["diffusers' example, latents kept" if encoded else "diffusers' example"] = example.__next__
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    for turn in range(rounds + 3):
-        for name, step in kinds.items():
-            began = time.perf_counter()
-            step()
-            if turn >= 3:
-                seconds[name].append(time.perf_counter() - began)
+    for number, (name, step) in turns([*kinds.items()], rounds, warm_up=3):
+        began = time.perf_counter()
+        step()
+        seconds[name] += [time.perf_counter() - began] if number > 0 else []
     found = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {f"ours / {name}": found["sdmerge"] / value for name, value in found.items() if name != "sdmerge"}
     return found | ratios

@@ -23,7 +23,7 @@ from rich.table import Table
 import sdkernels
 from benchmarks.kernel_cases import LARGE
 from benchmarks.measure import describe_machine
-from benchmarks.report import ratio
+from benchmarks.report import ratio, turns
 from sdkernels.kernel import HAS_TRITON, defined_in
 
 if TYPE_CHECKING:
@@ -104,13 +104,11 @@ def contenders(kernel: Kernel, moved: int, device: torch.device) -> tuple[Timing
 
 
 def measure(timing: Timing, calls: Contenders, rounds: int, device: torch.device) -> None:
-    """Run all by turns, so that a disturbance meets each; the first rounds, which compile and allocate, don't count."""
+    """Run all by turns."""
     timing.seconds = {name: [] for name in calls}
-    for number in range(WARM_UP + rounds):
-        for name, call in calls.items():
-            seconds = once(call, device)
-            if number >= WARM_UP:
-                timing.seconds[name].append(seconds)
+    for number, (name, call) in turns([*calls.items()], rounds, warm_up=WARM_UP):
+        seconds = once(call, device)
+        timing.seconds[name] += [seconds] if number > 0 else []
 
 
 def once(call: Callable[[], object], device: torch.device) -> float:

@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks.adapter_files import adapter_file
 from benchmarks.jobs import Job, Run, execute
 from benchmarks.measure import available_cpus, describe_machine
-from benchmarks.report import Result, against_floors, table_of
+from benchmarks.report import Result, against_floors, table_of, turns
 from benchmarks.shapes import FAMILIES
 from sdformats.adapters.layouts import LAYOUTS
 
@@ -39,13 +39,12 @@ def main(cache: Path, rounds: int, threads: int, json_path: Path | None) -> None
     source = adapter_file(FAMILIES["sdxl"], RANK, cache, report=console.print)
     floors = [Result(Run("floor", Job.convert("floor"), overlap=overlap)) for overlap in (False, True)]
     results = [Result(Run("sdmerge", Job.convert(layout))) for layout in targets()]
-    for number in range(rounds + 1):
-        for result in (*floors, *results):
-            folder = result.run.job.layout == "peft"
-            output = cache / ("converted" if folder else "converted.safetensors")
-            outcome = execute(result.run, (source,), output, threads=threads)
-            result.outcomes += [outcome] if number else []
-            shutil.rmtree(output) if folder else output.unlink()
+    for number, result in turns((*floors, *results), rounds):
+        folder = result.run.job.layout == "peft"
+        output = cache / ("converted" if folder else "converted.safetensors")
+        outcome = execute(result.run, (source,), output, threads=threads)
+        result.outcomes += [outcome] if number > 0 else []
+        shutil.rmtree(output) if folder else output.unlink()
     rows = against_floors(floors, results)
     console.print(table_of(rows))
     if json_path:

@@ -21,7 +21,7 @@ from benchmarks.exactness import check as check_exactness
 from benchmarks.jobs import JOBS, PEER_JOBS, Run, RunError, execute
 from benchmarks.measure import available_cpus, describe_machine
 from benchmarks.model_files import model_files
-from benchmarks.report import Comparison, Result
+from benchmarks.report import Comparison, Result, turns
 from benchmarks.shapes import FAMILIES, Family
 
 if TYPE_CHECKING:
@@ -71,13 +71,12 @@ def compare(family: Family, settings: Settings, progress: Progress) -> Compariso
     results = [Result(run) for run in planned_runs(settings.tools)]
     total = sum(1 + settings.rounds_of(result.run.tool) for result in results)
     task = progress.add_task(family.title, total=total)
-    for number in range(1 + max(settings.rounds, settings.peer_rounds)):
-        for result in results:
-            if number > settings.rounds_of(result.run.tool) or result.failure:
-                continue
-            progress.update(task, description=f"{family.title}: {result.run.tool}, {result.run.label}")
-            _run(result, inputs, settings, page_cache, counted=number > 0)
-            progress.advance(task)
+    for number, result in turns(results, max(settings.rounds, settings.peer_rounds)):
+        if number > settings.rounds_of(result.run.tool) or result.failure:
+            continue
+        progress.update(task, description=f"{family.title}: {result.run.tool}, {result.run.label}")
+        _run(result, inputs, settings, page_cache, counted=number > 0)
+        progress.advance(task)
     return Comparison(family.name, family.title, size, page_cache, results)
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from benchmarks.jobs import ADD_FULL, Job, Run, execute
 from benchmarks.measure import available_cpus, describe_machine
 from benchmarks.model_files import model_files
-from benchmarks.report import Result
+from benchmarks.report import Result, turns
 from benchmarks.shapes import FAMILIES
 
 
@@ -29,11 +29,10 @@ def main(cache: Path, rounds: int, threads: int, peer_python: str | None, json_p
     inputs = model_files(FAMILIES["sd15"], cache, report=console.print)
     output = cache / "ties.safetensors"
     results = [Result(Run("sdmerge", ADD_FULL)), Result(Run("sdmerge", Job.ties()))]
-    for number in range(rounds + 1):
-        for result in results:
-            outcome = execute(result.run, inputs, output, threads=threads)
-            result.outcomes += [outcome] if number else []
-            output.unlink()
+    for number, result in turns(results, rounds):
+        outcome = execute(result.run, inputs, output, threads=threads)
+        result.outcomes += [outcome] if number > 0 else []
+        output.unlink()
     if peer_python:
         peer = Result(Run("sd-mecha", Job.ties()))
         peer.outcomes.append(execute(peer.run, inputs, output, threads=threads, python=peer_python))

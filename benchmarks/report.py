@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.table import Table
 
 from benchmarks.jobs import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from benchmarks.exactness import Exactness
     from benchmarks.jobs import Outcome
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -135,6 +137,19 @@ class Comparison:
             numbers = (spread, *ratios, *memory, _inexact(result.exactness))
             table.add_row(result.run.tool, result.run.label, *numbers)
         return table
+
+
+def turns(runs: Sequence[T], rounds: int, *, warm_up: int = 1) -> Iterator[tuple[int, T]]:
+    """Yield what is measured by turns, so that a disturbance meets each, with the number of the round.
+
+    Args:
+        runs: what is measured once in each round, in this order.
+        rounds: those that count: 1, 2, ...
+        warm_up: rounds before them, which fill caches, compile and allocate: ..., -1, 0.
+    """
+    for number in range(1 - warm_up, rounds + 1):
+        for run in runs:
+            yield number, run
 
 
 def ratio(value: float | None, reference: float | None) -> float | None:
