@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -11,14 +10,13 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.adapter_files import adapter_file, flops
 from benchmarks.child import GEMM
 from benchmarks.jobs import Job, Run, execute
 from benchmarks.measure import available_cpus, describe_machine
 from benchmarks.model_files import model_files
-from benchmarks.report import Result, turns
+from benchmarks.report import Result, save, table_of, turns
 from benchmarks.shapes import FAMILIES
 
 RANK, MOST = 128, 4
@@ -64,13 +62,8 @@ def main(cache: Path, rounds: int, peer_rounds: int, threads: int, json_path: Pa
         files = min(median(result.seconds) for result in results[:2])
         work = flops(family.specs(), RANK * count) / rate
         rows += [_row(result, count, files, work) for result in results[2:]]
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    console.print(table)
-    if json_path:
-        found = {"machine": describe_machine(), "gemm GFLOP/s": rate / 1e9, "results": rows}
-        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    console.print(table_of(rows))
+    save({"machine": describe_machine(), "gemm GFLOP/s": rate / 1e9, "results": rows}, json_path)
 
 
 def _row(result: Result, count: int, files: float, work: float) -> dict[str, Any]:

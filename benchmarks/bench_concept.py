@@ -17,6 +17,7 @@ from rich.console import Console
 from torch.nn.functional import mse_loss
 
 import sdmerge
+from benchmarks.report import save
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,8 +43,7 @@ def main(rank: int, layout: str, json_path: Path | None) -> None:
     warnings.simplefilter("ignore")
     found = {"rank": rank, "layout": layout} | {name: _measured(name, rank, layout) for name in _CONCEPTS}
     Console().print(found)
-    if json_path:
-        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    save(found, json_path)
 
 
 def _measured(name: str, rank: int, layout: str) -> dict[str, Any]:

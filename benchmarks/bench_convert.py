@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from benchmarks.child import size_of
 from benchmarks.jobs import Job, Run, execute
 from benchmarks.measure import available_cpus, describe_machine
 from benchmarks.model_files import model_files
-from benchmarks.report import Result, against_floors, table_of, turns
+from benchmarks.report import Result, against_floors, save, table_of, turns
 from benchmarks.shapes import FAMILIES
 
 LAYOUTS = ("single-file", "diffusers")
@@ -46,10 +45,8 @@ def main(family: str, cache: Path, rounds: int, threads: int, json_path: Path | 
         shutil.rmtree(output) if into_folder else output.unlink()
     rows = against_floors(floors, results)
     console.print(table_of(rows))
-    if json_path:
-        sizes = {"single-file": size_of(single), "diffusers": size_of(folder)}
-        found = {"machine": describe_machine(), "family": family, "bytes": sizes, "results": rows}
-        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    sizes = {"single-file": size_of(single), "diffusers": size_of(folder)}
+    save({"machine": describe_machine(), "family": family, "bytes": sizes, "results": rows}, json_path)
 
 
 if __name__ == "__main__":

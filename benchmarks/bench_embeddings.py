@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import concept, embedding_effects
-from benchmarks.report import turns
+from benchmarks.report import save, turns
 from sdmerge.demo import load_pipeline
 from sdmerge.train.loading import load
 from sdmerge.train.settings import ModelSettings
@@ -54,9 +53,7 @@ def main(seeds: int, chosen: tuple[str, ...], rounds: int, json_path: Path | Non
             Console(width=120).print(_table(method, runs))
         steps = _step_times(model, Path(name), rounds) if rounds else {}
     Console().print(steps)
-    if json_path is not None:
-        text = json.dumps({"settings": SETTINGS, "methods": found, "seconds per step": steps}, indent=1)
-        json_path.write_text(text + "\n", encoding="utf-8")
+    save({"settings": SETTINGS, "methods": found, "seconds per step": steps}, json_path)
 
 
 def _effect(method: str, model: Path, seed: int) -> Mapping[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Console
 from benchmarks.jobs import Job, Run, execute
 from benchmarks.measure import available_cpus, describe_machine
 from benchmarks.model_files import model_files, tuned_file
+from benchmarks.report import save
 from benchmarks.shapes import FAMILIES
 
 
@@ -45,8 +45,7 @@ def main(family: str, cache: Path, rank: int, rounds: int, threads: int, json_pa
         "output MB": round(size / 1e6),
     }
     console.print(found)
-    if json_path:
-        json_path.write_text(json.dumps({"machine": describe_machine(), **found}, indent=1) + "\n", encoding="utf-8")
+    save({"machine": describe_machine(), **found}, json_path)
 
 
 if __name__ == "__main__":

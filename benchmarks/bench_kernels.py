@@ -6,7 +6,6 @@ import functools
 import gc
 import importlib.metadata
 import importlib.util
-import json
 import platform
 import statistics
 import time
@@ -23,7 +22,7 @@ from rich.table import Table
 import sdkernels
 from benchmarks.kernel_cases import LARGE
 from benchmarks.measure import describe_machine
-from benchmarks.report import ratio, turns
+from benchmarks.report import ratio, save, turns
 from sdkernels.kernel import HAS_TRITON, defined_in
 
 if TYPE_CHECKING:
@@ -201,8 +200,7 @@ def main(
         "rounds": rounds,
         "kernels": [timing.to_json() for timing in timings],
     }
-    path = json_path or RESULTS / f"kernels-{'gpu' if device == 'cuda' else 'cpu'}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    save(document, json_path or RESULTS / f"kernels-{'gpu' if device == 'cuda' else 'cpu'}.json")
 
 
 def choose(names: tuple[str, ...]) -> list[Kernel]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from rich.console import Console
 from benchmarks.adapter_files import adapter_file
 from benchmarks.jobs import Job, Run, execute
 from benchmarks.measure import available_cpus, describe_machine
-from benchmarks.report import Result, against_floors, table_of, turns
+from benchmarks.report import Result, against_floors, save, table_of, turns
 from benchmarks.shapes import FAMILIES
 from sdformats.adapters.layouts import LAYOUTS
 
@@ -47,9 +46,7 @@ def main(cache: Path, rounds: int, threads: int, json_path: Path | None) -> None
         shutil.rmtree(output) if folder else output.unlink()
     rows = against_floors(floors, results)
     console.print(table_of(rows))
-    if json_path:
-        found = {"machine": describe_machine(), "bytes": source.stat().st_size, "results": rows}
-        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    save({"machine": describe_machine(), "bytes": source.stat().st_size, "results": rows}, json_path)
 
 
 if __name__ == "__main__":

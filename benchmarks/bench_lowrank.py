@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from math import prod
@@ -12,10 +11,10 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.adapter_files import places, tensors_of
 from benchmarks.measure import describe_machine
+from benchmarks.report import save, table_of
 from benchmarks.shapes import FAMILIES
 from sdkernels import subspace
 
@@ -36,9 +35,6 @@ def main(family: str, rank: int, rounds: int, json_path: Path | None) -> None:
     layers = places(dict(tensors_of(specs, rank)), specs).values()
     shapes = Counter((specs[name].shape[0], prod(specs[name].shape[1:])) for name in layers)
     rows = [_measured(shape, count, rank, rounds) for shape, count in sorted(shapes.items())]
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     ours, usual = (sum(row[name] * row["layers"] for row in rows) for name in ("seconds", "svd seconds"))
     count = sum(row["layers"] for row in rows)
     total = {
@@ -51,11 +47,10 @@ def main(family: str, rank: int, rounds: int, json_path: Path | None) -> None:
         "largest excess": max(row["excess"] for row in rows),
     }
     console = Console()
-    console.print(table)
+    console.print(table_of(rows))
     console.print(total)
-    if json_path:
-        found = {"machine": describe_machine() | {"torch": torch.__version__}, "total": total, "shapes": rows}
-        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    machine = describe_machine() | {"torch": torch.__version__}
+    save({"machine": machine, "total": total, "shapes": rows}, json_path)
 
 
 def _measured(shape: tuple[int, int], count: int, rank: int, rounds: int) -> dict[str, Any]:

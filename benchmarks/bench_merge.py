@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -21,7 +20,7 @@ from benchmarks.exactness import check as check_exactness
 from benchmarks.jobs import JOBS, PEER_JOBS, Run, RunError, execute
 from benchmarks.measure import available_cpus, describe_machine
 from benchmarks.model_files import model_files
-from benchmarks.report import Comparison, Result, turns
+from benchmarks.report import Comparison, Result, save, turns
 from benchmarks.shapes import FAMILIES, Family
 
 if TYPE_CHECKING:
@@ -194,8 +193,7 @@ def main(families: tuple[str, ...], json_path: Path | None, **options: Any) -> N
             for result in comparisons[-1].results:
                 if result.failure:
                     console.print(result.failure, style="red", markup=False)
-    if json_path is not None:
-        json_path.write_text(json.dumps(_document(settings, comparisons), indent=1) + "\n", encoding="utf-8")
+    save(_document(settings, comparisons), json_path)
     _fail_where_wrong(comparisons)
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from benchmarks.adapter_files import adapter_file
 from benchmarks.measure import describe_machine, measure
+from benchmarks.report import save
 from benchmarks.shapes import FAMILIES
 from sdformats.adapters import open_adapter
 from sdformats.adapters.records import LoRA
@@ -98,8 +99,7 @@ def main(cache: Path, rounds: int, thin: bool, json_path: Path | None) -> None:
     console.print_json(json.dumps(found))
     output.unlink()
     report_path.unlink()
-    if json_path:
-        json_path.write_text(json.dumps(found | {"shapes": rows}, indent=1) + "\n", encoding="utf-8")
+    save(found | {"shapes": rows}, json_path)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.jobs import ADD_FULL, Job, Run, execute
 from benchmarks.measure import available_cpus, describe_machine
 from benchmarks.model_files import model_files
-from benchmarks.report import Result, turns
+from benchmarks.report import Result, save, table_of, turns
 from benchmarks.shapes import FAMILIES
 
 
@@ -39,14 +37,8 @@ def main(cache: Path, rounds: int, threads: int, peer_python: str | None, json_p
         results.append(peer)
         output.unlink(missing_ok=True)
     rows = [_row(result, results[0].median or 1.0) for result in results]
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    console.print(table)
-    if json_path:
-        json_path.write_text(
-            json.dumps({"machine": describe_machine(), "results": rows}, indent=1) + "\n", encoding="utf-8"
-        )
+    console.print(table_of(rows))
+    save({"machine": describe_machine(), "results": rows}, json_path)
 
 
 def _row(result: Result, unit: float) -> dict[str, Any]:

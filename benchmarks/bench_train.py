@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import warnings
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import concept, train_cases
+from benchmarks.report import save
 from sdmerge import pictures
 from sdmerge.sampling import Painting, paint
 from sdmerge.train.loading import load
@@ -61,9 +61,7 @@ def main(seeds: int, chosen: tuple[str, ...], json_path: Path | None, picture: P
             if seed == 0:
                 rows[name] = _painted(result.run.networks, case.token)
     _print(base, found)
-    if json_path is not None:
-        text = json.dumps({"settings": dict(train_cases.COMMON), "base": base, "methods": found}, indent=1)
-        json_path.write_text(text + "\n", encoding="utf-8")
+    save({"settings": dict(train_cases.COMMON), "base": base, "methods": found}, json_path)
     if picture is not None:
         columns = [prompt.format(concept.TOKEN) for prompt in _PROMPTS]
         made = pictures.sheet("", [(name, "") for name in rows], columns, list(rows.values()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import time
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from benchmarks import concept, train_cases
 from benchmarks.live import Live
+from benchmarks.report import save
 from sdmerge.train.batches import Batch
 from sdmerge.train.inject import layers
 from sdmerge.train.loading import load
@@ -122,8 +122,7 @@ def main(rounds: int, json_path: Path | None) -> None:
         },
     }
     Console().print(found)
-    if json_path is not None:
-        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    save(found, json_path)
 
 
 def sdxl(*, checkpointing: bool) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +12,8 @@ from rich.table import Table
 from benchmarks.jobs import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from benchmarks.exactness import Exactness
     from benchmarks.jobs import Outcome
@@ -193,6 +195,12 @@ def against_floors(floors: Sequence[Result], results: Sequence[Result]) -> list[
         }
         for result in (*floors, *results)
     ]
+
+
+def save(found: Mapping[str, Any], path: Path | None) -> None:
+    """Write what was found as JSON, where a file was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
