@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdmerge.train.method import TrainingMethod
+    from sdmerge.train.method import LoopMethod
     from sdmerge.train.networks import Networks
     from sdmerge.train.settings import DataSettings, LossSettings
 
@@ -97,7 +97,7 @@ class Source:
     place: int = 0
     places: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    method: TrainingMethod | None = None
+    method: LoopMethod | None = None
 
     def __post_init__(self) -> None:
         side = self.settings.resolution or self.networks.resolution

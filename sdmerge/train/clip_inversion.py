@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from sdmerge.method import Param
-from sdmerge.train.method import Part, Trained, TrainingMethod
+from sdmerge.train.method import LoopMethod, Part, Trained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ def seen(vectors: Tensor, count: int) -> Condition:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipInversion(TrainingMethod):
+class ClipInversion(LoopMethod):
     """One vector in the place of an image's embedding, trained through a frozen model that is conditioned on images."""
 
     name: ClassVar[str] = "clip-inversion"

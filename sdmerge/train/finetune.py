@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from sdmerge.errors import RequestError
 from sdmerge.method import Param
-from sdmerge.train.method import Trained, TrainingMethod
+from sdmerge.train.method import LoopMethod, Trained
 
 if TYPE_CHECKING:
     from sdmerge.execute import Report
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(TrainingMethod):
+class Finetune(LoopMethod):
     """The weights of the UNet, and perhaps of the text encoders."""
 
     name: ClassVar[str] = "finetune"

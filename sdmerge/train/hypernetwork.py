@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from sdmerge.errors import RequestError
 from sdmerge.method import Param
-from sdmerge.train.method import Trained, TrainingMethod
+from sdmerge.train.method import LoopMethod, Trained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,7 @@ INITS = ("Normal", "XavierUniform", "XavierNormal", "KaimingUniform", "KaimingNo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hypernetwork(TrainingMethod):
+class Hypernetwork(LoopMethod):
     """Small networks that change what the attention layers read; the model itself stays as it is."""
 
     name: ClassVar[str] = "hypernetwork"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from sdmerge.errors import RequestError
 from sdmerge.method import Param
 from sdmerge.train.finetune import Finetune
-from sdmerge.train.method import Part, Trained, TrainingMethod
+from sdmerge.train.method import LoopMethod, Part, Trained
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageVariation(TrainingMethod):
+class ImageVariation(LoopMethod):
     """The UNet's weights, so that it is told pictures: one token, a picture's projected embedding; zeros for nothing."""
 
     name: ClassVar[str] = "image-variation"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from sdmerge.execute import Report
     from sdmerge.train.log import Tell
-    from sdmerge.train.method import Trained, TrainingMethod
+    from sdmerge.train.method import LoopMethod, Trained
     from sdmerge.train.settings import Settings
 
 _FREE = {
@@ -61,7 +61,7 @@ class Saving:
     dry_run: bool = False
 
 
-def train(method: TrainingMethod, settings: Settings, tell: Tell) -> list[Report]:
+def train(method: LoopMethod, settings: Settings, tell: Tell) -> list[Report]:
     """Train, and write what was trained.
 
     Raises:
@@ -75,7 +75,7 @@ def train(method: TrainingMethod, settings: Settings, tell: Tell) -> list[Report
 class Trainee(Module):
     """The loss as a module, so that Accelerate can spread it over devices: only what is trained is a parameter of it."""
 
-    def __init__(self, method: TrainingMethod, objective: Objective, trained: Trained) -> None:
+    def __init__(self, method: LoopMethod, objective: Objective, trained: Trained) -> None:
         super().__init__()
         self._method, self._objective = method, objective
         self.trained = ParameterList(trained.parameters.values())
@@ -89,7 +89,7 @@ class Trainee(Module):
 class Run:
     """A training run: what it was made from, and where it is."""
 
-    def __init__(self, method: TrainingMethod, settings: Settings, tell: Tell) -> None:
+    def __init__(self, method: LoopMethod, settings: Settings, tell: Tell) -> None:
         import accelerate
 
         self.method, self.settings, self.tell = method, settings, tell

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from sdmerge.errors import RequestError
 from sdmerge.method import Param
-from sdmerge.train.method import Trained, TrainingMethod
+from sdmerge.train.method import LoopMethod, Trained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,7 @@ ALGORITHMS = ("lora", "dora", "loha", "lokr", "glora", "ia3", "oft", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora(TrainingMethod):
+class Lora(LoopMethod):
     """Small factors beside the weights of chosen layers; the model itself stays as it is."""
 
     name: ClassVar[str] = "lora"

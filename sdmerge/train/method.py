@@ -1,14 +1,15 @@
 """What a training method is: what is trained, how it is put into the networks, and what is saved.
 
-A method is one file with a class called ``METHOD``, a dataclass over `TrainingMethod`. Its fields are options, annotated as
+A method is one file with a class called ``METHOD``, a dataclass over `LoopMethod`. Its fields are options, annotated as
 those of `sdmerge.train.settings` are. All else (data, noise, the loop, saving, resuming, painting) is the same for every
-method; one that needs it otherwise overrides one of the functions below. Do not import torch at the top of its file: help
-texts do not wait for it.
+method; one that needs it otherwise overrides one of the functions below, and one that has no use for the loop stands on
+`TrainingMethod` and says how it runs. Do not import torch at the top of its file: help texts do not wait for it.
 """
 
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -82,7 +83,7 @@ class Trained:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingMethod:
+class TrainingMethod(ABC):
     """A method, with its options."""
 
     name: ClassVar[str]
@@ -91,10 +92,24 @@ class TrainingMethod:
     """One line about it, for help texts."""
     defaults: ClassVar[dict[str, Any]] = {}
     """Settings whose usual value differs for this method."""
-    captions: ClassVar[bool] = True
-    """Whether pictures need captions."""
     takes: ClassVar[tuple[str, ...]] = ()
     """The shared settings that it takes; none named: all of them."""
+
+    @abstractmethod
+    def run(self, settings: Settings, tell: Tell) -> list[Report]:
+        """Train, and write what was trained.
+
+        Raises:
+            sdmerge.errors.SdmergeError, sdformats.errors.FormatError: it cannot be done.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopMethod(TrainingMethod):
+    """A method that trains by the loop that all share."""
+
+    captions: ClassVar[bool] = True
+    """Whether pictures need captions."""
 
     def parts(self, settings: Settings, networks: Networks, tell: Tell) -> tuple[Part, ...]:
         """Return the folders that are trained on; a batch has pictures of each."""
@@ -121,9 +136,9 @@ class TrainingMethod:
         """Return what the network is told about a picture with this caption, shown so."""
         return text
 
+    @abstractmethod
     def attach(self, networks: Networks, settings: Settings) -> Trained:
         """Put what is trained into the networks, which are frozen."""
-        raise NotImplementedError
 
     def loss(self, objective: Objective, batch: Batch) -> Tensor:
         """Return what is minimised, a scalar."""
@@ -136,16 +151,11 @@ class TrainingMethod:
     def after_step(self, trained: Trained) -> None:
         """Do what is to be done after each step of the optimizer."""
 
+    @abstractmethod
     def save(self, trained: Trained, networks: Networks, settings: Settings, saving: Saving) -> list[Report]:
         """Write what was trained."""
-        raise NotImplementedError
 
     def run(self, settings: Settings, tell: Tell) -> list[Report]:
-        """Carry out a training run.
-
-        Raises:
-            sdmerge.errors.SdmergeError, sdformats.errors.FormatError: it cannot be done.
-        """
         from sdmerge.train.loop import train
 
         return train(self, settings, tell)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from sdmerge.errors import RequestError
 from sdmerge.method import Param
-from sdmerge.train.method import Part, TrainingMethod
+from sdmerge.train.method import LoopMethod, Part
 
 if TYPE_CHECKING:
     from sdmerge.train.log import Tell
@@ -20,7 +20,7 @@ INSTANCE, CLASS = "instance", "class"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithPrior(TrainingMethod):
+class WithPrior(LoopMethod):
     """A method that may be shown pictures of the class, too."""
 
     class_data: Annotated[str | None, Param("a folder with pictures of the class; painted where there are too few")] = (

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from sdmerge.method import Param
-from sdmerge.train.method import Part, Trained, TrainingMethod
+from sdmerge.train.method import LoopMethod, Part, Trained
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ NORMS = ("fixed", "free", "decay")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WordTraining(TrainingMethod):
+class WordTraining(LoopMethod):
     """What methods that train words have in common: templates, and the length of vectors."""
 
     token: Annotated[str, Param("the new word, as it stands in captions and prompts")]
