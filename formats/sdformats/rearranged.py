@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdformats.tensor import DType, Spec
-from sdformats.views import PATTERNS, Ref
+from sdformats.views import PATTERNS, Ref, View
 
 if TYPE_CHECKING:
     from sdformats.views import Load
@@ -25,21 +25,14 @@ _ONE = {
 
 
 @dataclass(frozen=True)
-class Transposed(Ref):
+class Transposed(View):
     """A matrix with rows and columns exchanged."""
-
-    of: Ref
 
     @property
     def spec(self) -> Spec:
         """See `Ref`."""
         rows, columns = self.of.shape
         return replace(self.of.spec, shape=(columns, rows))
-
-    @property
-    def parts(self) -> tuple[Ref, ...]:
-        """See `Ref`."""
-        return (self.of,)
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
         """See `Ref`."""
@@ -66,21 +59,15 @@ class Identity(Ref):
 
 
 @dataclass(frozen=True)
-class Repeated(Ref):
+class Repeated(View):
     """A tensor of one number, as a vector of that number."""
 
-    of: Ref
     size: int
 
     @property
     def spec(self) -> Spec:
         """See `Ref`."""
         return replace(self.of.spec, shape=(self.size,))
-
-    @property
-    def parts(self) -> tuple[Ref, ...]:
-        """See `Ref`."""
-        return (self.of,)
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
         """See `Ref`."""

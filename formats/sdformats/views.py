@@ -133,10 +133,20 @@ class Constant(Ref):
 
 
 @dataclass(frozen=True)
-class Part(Ref):
-    """A range along one axis."""
+class View(Ref):
+    """One tensor, seen otherwise."""
 
     of: Ref
+
+    @property
+    def parts(self) -> tuple[Ref, ...]:
+        return (self.of,)
+
+
+@dataclass(frozen=True)
+class Part(View):
+    """A range along one axis."""
+
     axis: int
     start: int
     stop: int
@@ -147,11 +157,6 @@ class Part(Ref):
         shape = list(self.of.shape)
         shape[self.axis] = self.stop - self.start
         return replace(self.of.spec, shape=tuple(shape))
-
-    @property
-    def parts(self) -> tuple[Ref, ...]:
-        """See `Ref`."""
-        return (self.of,)
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
         """See `Ref`."""
@@ -171,21 +176,15 @@ class Part(Ref):
 
 
 @dataclass(frozen=True)
-class Shaped(Ref):
+class Shaped(View):
     """The same numbers in another shape."""
 
-    of: Ref
     dims: tuple[int, ...]
 
     @property
     def spec(self) -> Spec:
         """See `Ref`."""
         return replace(self.of.spec, shape=self.dims)
-
-    @property
-    def parts(self) -> tuple[Ref, ...]:
-        """See `Ref`."""
-        return (self.of,)
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
         """See `Ref`."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sdformats.views import Ref, Stored
+from sdformats.views import Ref, Stored, View
 from sdkernels import cast
 from sdmerge.dtypes import TORCH
 from sdmerge.errors import NonFiniteInput
@@ -64,21 +64,15 @@ class Computed(Ref):
 
 
 @dataclass(frozen=True)
-class Cast(Ref):
+class Cast(View):
     """A tensor in another type."""
 
-    of: Ref
     dtype: DType
 
     @property
     def spec(self) -> Spec:
         """See `Ref`."""
         return replace(self.of.spec, dtype=self.dtype)
-
-    @property
-    def parts(self) -> tuple[Ref, ...]:
-        """See `Ref`."""
-        return (self.of,)
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
         """See `Ref`."""
