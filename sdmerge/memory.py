@@ -34,11 +34,9 @@ class Memory(TensorSource):
         self._order = {name: index for index, name in enumerate(specs)}
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSource.read_into`."""
         buffer[:] = memoryview(self.data[name])[offset : offset + len(buffer)]
 
     def position(self, name: str) -> tuple[int, int]:
-        """See `TensorSource.position`."""
         return 0, self._order[name]
 
 
@@ -49,7 +47,6 @@ class MemorySink(TensorSink):
         self.path, self._memory = memory.path, memory
 
     def write(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSink.write`."""
         flat = buffer.cast("B")
         self._memory.data[name][offset : offset + len(flat)] = flat
 

@@ -85,28 +85,23 @@ class JoinedSource(TensorSource):
         self._first_file = [sum(len(s.files) for s in self._parts[:i]) for i in range(len(self._parts))]
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSource.read_into`."""
         index, key = self._homes[name]
         self._parts[index].read_into(key, offset, buffer)
 
     def position(self, name: str) -> tuple[int, int]:
-        """See `TensorSource.position`."""
         index, key = self._homes[name]
         file, offset = self._parts[index].position(key)
         return self._first_file[index] + file, offset
 
     def extent(self, name: str) -> tuple[int, int] | None:
-        """See `TensorSource.extent`."""
         index, key = self._homes[name]
         return self._parts[index].extent(key)
 
     def verify(self) -> None:
-        """See `TensorSource.verify`."""
         for source in self._parts:
             source.verify()
 
     def close(self) -> None:
-        """See `TensorSource.close`."""
         self._close_parts()
 
     def _close_parts(self) -> None:

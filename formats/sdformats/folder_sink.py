@@ -108,12 +108,10 @@ class FolderSink(TensorSink):
             raise
 
     def write(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSink.write`."""
         file, key = self._place(name)
         self._sinks[file].write(key, offset, buffer)
 
     def commit(self) -> None:
-        """See `TensorSink.commit`."""
         assert self._work is not None, "commit after commit or abort"
         try:
             for sink in self._sinks.values():
@@ -145,7 +143,6 @@ class FolderSink(TensorSink):
             _sync_file(place)
 
     def abort(self) -> None:
-        """See `TensorSink.abort`."""
         for sink in self._sinks.values():
             sink.abort()
         work, self._work = self._work, None

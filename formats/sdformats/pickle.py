@@ -81,7 +81,6 @@ class PickleSource(TensorSource):
         self._take(content)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSource.read_into`."""
         place = self._direct.get(name)
         if place is not None:
             record, start = place
@@ -92,7 +91,6 @@ class PickleSource(TensorSource):
         buffer[:] = whole[offset : offset + len(buffer)]
 
     def position(self, name: str) -> tuple[int, int]:
-        """See `TensorSource.position`."""
         return 0, self._tensors[name].span.position
 
     def verify(self) -> None:
@@ -102,7 +100,6 @@ class PickleSource(TensorSource):
         super().verify()
 
     def close(self) -> None:
-        """See `TensorSource.close`."""
         self._recent.clear()
         super().close()
 

@@ -30,12 +30,10 @@ class Transposed(View):
 
     @property
     def spec(self) -> Spec:
-        """See `Ref`."""
         rows, columns = self.of.shape
         return replace(self.of.spec, shape=(columns, rows))
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
-        """See `Ref`."""
         return self.of.evaluate(load, arrays).T
 
 
@@ -48,11 +46,9 @@ class Identity(Ref):
 
     @property
     def spec(self) -> Spec:
-        """See `Ref`."""
         return Spec((self.size, self.size), self.dtype)
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
-        """See `Ref`."""
         if arrays is not np:
             return arrays.eye(self.size)
         return np.eye(self.size, dtype=PATTERNS[self.dtype.bits]) * PATTERNS[self.dtype.bits](_ONE[self.dtype])
@@ -66,11 +62,9 @@ class Repeated(View):
 
     @property
     def spec(self) -> Spec:
-        """See `Ref`."""
         return replace(self.of.spec, shape=(self.size,))
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
-        """See `Ref`."""
         return self.of.evaluate(load, arrays).reshape(1).repeat(self.size)
 
 
@@ -90,17 +84,14 @@ class Blocks(Ref):
 
     @property
     def spec(self) -> Spec:
-        """See `Ref`."""
         columns = sum(part.shape[1] for part in self.pieces)
         return replace(self.pieces[0].spec, shape=(sum(self.rows), columns, *self.pieces[0].shape[2:]))
 
     @property
     def parts(self) -> tuple[Ref, ...]:
-        """See `Ref`."""
         return self.pieces
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
-        """See `Ref`."""
         made = [part.evaluate(load, arrays) for part in self.pieces]
         whole = arrays.zeros(self.shape, dtype=made[0].dtype)
         column = 0

@@ -105,7 +105,6 @@ class Rebuild:
         self._position = position
 
     def find(self, module: str, name: str) -> Global:
-        """See `World.find`."""
         found = normal_name(module, name)
         if found in UNSUPPORTED:
             raise self.place.unsupported(f"holds {UNSUPPORTED[found]}", "dense tensors of plain types")
@@ -122,7 +121,6 @@ class Rebuild:
         return found
 
     def call(self, function: object, arguments: object) -> object:
-        """See `World.call`."""
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise self.place.corrupt("has a pickle that calls what is no function")
         try:
@@ -137,7 +135,6 @@ class Rebuild:
         return self.create(function, arguments)
 
     def create(self, kind: object, arguments: object) -> object:
-        """See `World.create`."""
         if kind == _OLD_NEW and isinstance(arguments, tuple) and arguments:
             kind, arguments = arguments[0], arguments[1:]
         if not isinstance(kind, Global):
@@ -149,7 +146,6 @@ class Rebuild:
         raise self.place.corrupt(f"has a pickle that makes an object of {kind}")
 
     def build(self, thing: object, state: object) -> None:
-        """See `World.build`."""
         try:
             if isinstance(thing, Node):
                 thing.state = state
@@ -165,7 +161,6 @@ class Rebuild:
             raise self.place.corrupt(f"has a pickle with a malformed state for a {type(thing).__name__}") from None
 
     def refer(self, identity: object) -> object:
-        """See `World.refer`."""
         if self._storage is None:
             raise self.place.corrupt("has a pickle that refers to storages, and no storages")
         match identity:
@@ -187,7 +182,6 @@ class Rebuild:
             raise self.place.corrupt(f"has a pickle with a malformed reference to the storage {key!r}") from None
 
     def extend(self, thing: object, items: list[Any]) -> bool:
-        """See `World.extend`."""
         if not isinstance(thing, Node):
             return False
         thing.items.extend(items)

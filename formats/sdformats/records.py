@@ -86,11 +86,9 @@ class MemoryRecord(Record):
         self.position = position
 
     def read(self, offset: int, size: int) -> bytes:
-        """See `Record.read`."""
         return self._data[offset : offset + size]
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """See `Record.read_into`."""
         buffer[:] = memoryview(self._data)[offset : offset + len(buffer)]
 
 
@@ -114,7 +112,6 @@ class StoredRecord(Record):
         self._blocks: dict[tuple[int, int], int] = {}
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """See `Record.read_into`."""
         self._file.read_into(self.position + offset, buffer)
         if self._crc:
             crc = zlib.crc32(buffer)

@@ -43,7 +43,6 @@ class Renamed(TensorSource):
         self._first_file = {id(source): first for source, first in zip(sources, firsts, strict=False)}
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSource.read_into`."""
         self._tensors[name].read_range(offset, buffer)
 
     def position(self, name: str) -> tuple[int, int]:
@@ -55,19 +54,16 @@ class Renamed(TensorSource):
         return self._first_file[id(first.source)] + file, offset
 
     def extent(self, name: str) -> tuple[int, int] | None:
-        """See `TensorSource.extent`."""
         ref = self._tensors[name]
         parts = list(ref.stored()) if ref.in_order else []
         whole = len(parts) == 1 and parts[0].spec.nbytes == ref.spec.nbytes
         return parts[0].source.extent(parts[0].key) if whole else None
 
     def verify(self) -> None:
-        """See `TensorSource.verify`."""
         for source in self._sources:
             source.verify()
 
     def close(self) -> None:
-        """See `TensorSource.close`."""
         for source in self._sources:
             source.close()
 

@@ -65,15 +65,12 @@ class SafetensorsSource(TensorSource):
         return self._start
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSource.read_into`."""
         self.files[0].read_into(self._start + self._spans[name][1] + offset, buffer)
 
     def position(self, name: str) -> tuple[int, int]:
-        """See `TensorSource.position`."""
         return 0, self._start + self._spans[name][1]
 
     def extent(self, name: str) -> tuple[int, int] | None:
-        """See `TensorSource.extent`."""
         descriptor = self.files[0].descriptor
         return None if descriptor is None else (descriptor, self.position(name)[1])
 
@@ -247,7 +244,6 @@ class SafetensorsSink(TensorSink):
             raise
 
     def write(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSink.write`."""
         self._file.write(self._offsets[name] + offset, buffer)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -255,7 +251,6 @@ class SafetensorsSink(TensorSink):
         self._file.read_into(offset, buffer)
 
     def commit(self) -> None:
-        """See `TensorSink.commit`."""
         if self._seal is not None:
             try:
                 header, _ = layout(self.specs, {**self.metadata, **self._seal(self)})
@@ -267,7 +262,6 @@ class SafetensorsSink(TensorSink):
         self._file.commit()
 
     def abort(self) -> None:
-        """See `TensorSink.abort`."""
         self._file.abort()
 
 

@@ -105,7 +105,6 @@ class TorchZipSink(TensorSink):
         self._file.commit()
 
     def abort(self) -> None:
-        """See `TensorSink.abort`."""
         self._file.abort()
 
     def _put(self, member: _Member, offset: int, buffer: memoryview) -> None:

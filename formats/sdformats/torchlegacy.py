@@ -50,7 +50,6 @@ class LateRecord(Record):
         self.resident = span.record.resident
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """See `Record.read_into`."""
         self._record.read_into(self._start + offset, buffer)
 
 

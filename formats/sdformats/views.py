@@ -85,24 +85,19 @@ class Stored(Ref):
 
     @property
     def spec(self) -> Spec:
-        """See `Ref`."""
         return self.source.specs[self.key]
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
-        """See `Ref`."""
         return load(self)
 
     @property
     def in_order(self) -> bool:
-        """See `Ref`."""
         return True
 
     def read_range(self, offset: int, buffer: memoryview) -> None:
-        """See `Ref`."""
         self.source.read_into(self.key, offset, buffer)
 
     def stored(self) -> Iterator[Stored]:
-        """See `Ref`."""
         yield self
 
     def __str__(self) -> str:
@@ -124,7 +119,6 @@ class Constant(Ref):
 
     @property
     def spec(self) -> Spec:
-        """See `Ref`."""
         return Spec(self.dims, self.dtype)
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
@@ -153,18 +147,15 @@ class Part(View):
 
     @property
     def spec(self) -> Spec:
-        """See `Ref`."""
         shape = list(self.of.shape)
         shape[self.axis] = self.stop - self.start
         return replace(self.of.spec, shape=tuple(shape))
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
-        """See `Ref`."""
         return self.of.evaluate(load, arrays)[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
 
     @property
     def in_order(self) -> bool:
-        """See `Ref`."""
         return self.axis == 0 and self.of.in_order
 
     def read_range(self, offset: int, buffer: memoryview) -> None:
@@ -183,20 +174,16 @@ class Shaped(View):
 
     @property
     def spec(self) -> Spec:
-        """See `Ref`."""
         return replace(self.of.spec, shape=self.dims)
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
-        """See `Ref`."""
         return self.of.evaluate(load, arrays).reshape(self.dims)
 
     @property
     def in_order(self) -> bool:
-        """See `Ref`."""
         return self.of.in_order
 
     def read_range(self, offset: int, buffer: memoryview) -> None:
-        """See `Ref`."""
         self.of.read_range(offset, buffer)
 
 
@@ -209,23 +196,19 @@ class Joined(Ref):
 
     @property
     def spec(self) -> Spec:
-        """See `Ref`."""
         shape = list(self.pieces[0].shape)
         shape[self.axis] = sum(part.shape[self.axis] for part in self.pieces)
         return replace(self.pieces[0].spec, shape=tuple(shape))
 
     @property
     def parts(self) -> tuple[Ref, ...]:
-        """See `Ref`."""
         return self.pieces
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
-        """See `Ref`."""
         return arrays.concatenate([part.evaluate(load, arrays) for part in self.pieces], self.axis)
 
     @property
     def in_order(self) -> bool:
-        """See `Ref`."""
         return self.axis == 0 and all(piece.in_order for piece in self.pieces)
 
     def read_range(self, offset: int, buffer: memoryview) -> None:

@@ -87,15 +87,12 @@ class Flat(Found):
 
     @property
     def most(self) -> int:
-        """See `Found`."""
         return self.squares.numel()
 
     def kept(self, rank: int) -> float:
-        """See `Found`."""
         return float(self.squares[:rank].sum())
 
     def lora(self, form: Form, rank: int) -> LoRA:
-        """See `Found`."""
         return form.lora(rank, self.up[:, :rank], self.down[:rank])
 
 
@@ -115,16 +112,13 @@ class Core(Found):
 
     @property
     def most(self) -> int:
-        """See `Found`."""
         return self.mid.shape[0]
 
     def kept(self, rank: int) -> float:
-        """See `Found`."""
         assert rank == self.most, "made for one rank"
         return self.square
 
     def lora(self, form: Form, rank: int) -> LoRA:
-        """See `Found`."""
         assert rank == self.most, "made for one rank"
         return form.lora(rank, self.up, self.down, self.mid)
 

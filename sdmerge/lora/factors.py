@@ -61,7 +61,6 @@ class FactoredSpectrum(Spectrum):
         self.sigma = torch.where(values > floor, values, 0).sqrt()
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
-        """See `Spectrum`."""
         sigma, w = self.sigma[:rank], self._vectors[:, :rank]
         up = self._up @ (self._right @ w * _power(sigma, -1.5)).to(self._up.dtype)
         down = (w * _power(sigma, -0.5)).to(self._down.dtype).T @ self._down
@@ -78,7 +77,6 @@ class WholeSpectrum(Spectrum):
         self.sigma = torch.where(values > _NOTHING * values.sum(), values, 0).sqrt()
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
-        """See `Spectrum`."""
         sigma, left = self.sigma[:rank], self._vectors[:, :rank]
         dtype = self._matrix.dtype
         near = (left * sigma.sqrt()).to(dtype)

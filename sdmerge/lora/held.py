@@ -32,7 +32,6 @@ class Held(Ref):
 
     @property
     def spec(self) -> Spec:
-        """See `Ref`."""
         return self.result
 
     def evaluate(self, load: Load, arrays: Any) -> Any:

@@ -48,12 +48,10 @@ class Computed(Ref):
 
     @property
     def spec(self) -> Spec:
-        """See `Ref`."""
         return self.result
 
     @property
     def parts(self) -> tuple[Ref, ...]:
-        """See `Ref`."""
         return self.operands
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
@@ -71,11 +69,9 @@ class Cast(View):
 
     @property
     def spec(self) -> Spec:
-        """See `Ref`."""
         return replace(self.of.spec, dtype=self.dtype)
 
     def evaluate(self, load: Load, arrays: Any) -> Any:
-        """See `Ref`."""
         if arrays is np:
             return pattern(value(self), self.dtype)
         return self.of.evaluate(load, arrays)

@@ -38,7 +38,6 @@ class Silent:
         """See `Tell`."""
 
     def progress(self, label: str, total: int) -> AbstractContextManager[Callable[[int, str], None]]:
-        """See `Tell`."""
         from contextlib import nullcontext
 
         return nullcontext(lambda _done, _words: None)

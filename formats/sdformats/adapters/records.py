@@ -37,22 +37,18 @@ class LoRA(Record):
 
     @property
     def rank(self) -> int:
-        """See `Record`."""
         return self.down.shape[0]
 
     @property
     def columns(self) -> int:
-        """See `Record`."""
         return math.prod(self.down.shape[1:])
 
     @property
     def height(self) -> int:
-        """See `Record`."""
         return self.up.shape[0]
 
     @property
     def row_fields(self) -> Mapping[str, tuple[int, int]]:
-        """See `Record`."""
         return {"up": (0, 1)}
 
 
@@ -76,22 +72,18 @@ class LoHa(Record):
 
     @property
     def rank(self) -> int:
-        """See `Record`."""
         return self.w1_b.shape[0]
 
     @property
     def columns(self) -> int:
-        """See `Record`."""
         return math.prod(self.w1_b.shape[1:])
 
     @property
     def height(self) -> int:
-        """See `Record`."""
         return self.w1_a.shape[0 if self.t1 is None else 1]
 
     @property
     def row_fields(self) -> Mapping[str, tuple[int, int]]:
-        """See `Record`."""
         axis = 0 if self.t1 is None else 1
         return {"w1_a": (axis, 1), "w2_a": (axis, 1)}
 
@@ -126,13 +118,11 @@ class LoKr(Record):
 
     @property
     def rank(self) -> int:
-        """See `Record`."""
         factor = self.w2_b if self.w2_b is not None else self.w1_b
         return 1 if factor is None else factor.shape[0]
 
     @property
     def columns(self) -> int:
-        """See `Record`."""
         first = self.w1 if self.w1 is not None else self.w1_b
         second = self.w2 if self.w2 is not None else self.w2_b
         assert first is not None, "assembled with a first factor"
@@ -141,7 +131,6 @@ class LoKr(Record):
 
     @property
     def height(self) -> int:
-        """See `Record`."""
         first = self.w1 if self.w1 is not None else self.w1_a
         assert first is not None, "assembled with a first factor"
         return first.shape[0] * self.unit
@@ -155,7 +144,6 @@ class LoKr(Record):
 
     @property
     def row_fields(self) -> Mapping[str, tuple[int, int]]:
-        """See `Record`."""
         return {"w1" if self.w1 is not None else "w1_a": (0, self.unit)}
 
 
@@ -173,17 +161,14 @@ class IA3(Record):
 
     @property
     def columns(self) -> int | None:
-        """See `Record`."""
         return self.weight.spec.numel if self.on_input else None
 
     @property
     def height(self) -> int | None:
-        """See `Record`."""
         return None if self.on_input else self.weight.spec.numel
 
     @property
     def row_fields(self) -> Mapping[str, tuple[int, int]]:
-        """See `Record`."""
         return {} if self.on_input else {"weight": (0, 1)}
 
 
@@ -200,12 +185,10 @@ class InputMap(Record):
 
     @property
     def columns(self) -> int:
-        """See `Record`."""
         return self.matrix.shape[0]
 
     @property
     def row_fields(self) -> Mapping[str, tuple[int, int]]:
-        """See `Record`."""
         return {}
 
 
@@ -230,22 +213,18 @@ class GLoRA(Record):
 
     @property
     def rank(self) -> int:
-        """See `Record`."""
         return (self.a1 if self.old else self.a2).shape[0]
 
     @property
     def columns(self) -> int:
-        """See `Record`."""
         return math.prod((self.a1 if self.old else self.a2).shape[1:])
 
     @property
     def height(self) -> int:
-        """See `Record`."""
         return (self.b2 if self.old else self.b1).shape[0]
 
     @property
     def row_fields(self) -> Mapping[str, tuple[int, int]]:
-        """See `Record`."""
         return {"b2" if self.old else "b1": (0, 1)}
 
 
@@ -269,7 +248,6 @@ class OFT(Record):
 
     @property
     def height(self) -> int:
-        """See `Record`."""
         return self.blocks.shape[-3] * self.blocks.shape[-1]
 
 
@@ -304,17 +282,14 @@ class Full(Record):
 
     @property
     def columns(self) -> int | None:
-        """See `Record`."""
         return math.prod(self.weight.shape[1:]) if self.weight is not None and len(self.weight.shape) > 1 else None
 
     @property
     def height(self) -> int | None:
-        """See `Record`."""
         return super().height if self.weight is None else self.weight.shape[0]
 
     @property
     def row_fields(self) -> Mapping[str, tuple[int, int]]:
-        """See `Record`."""
         return {} if self.weight is None else {"weight": (0, 1)}
 
 
@@ -331,12 +306,10 @@ class Norm(Record):
 
     @property
     def height(self) -> int:
-        """See `Record`."""
         return self.weight.spec.numel
 
     @property
     def row_fields(self) -> Mapping[str, tuple[int, int]]:
-        """See `Record`."""
         return {"weight": (0, 1)}
 
 
@@ -355,31 +328,25 @@ class Rows(Record):
 
     @property
     def rank(self) -> int | None:
-        """See `Record`."""
         return self.of.rank
 
     @property
     def scale(self) -> float:
-        """See `Record`."""
         return self.of.scale
 
     @property
     def columns(self) -> int | None:
-        """See `Record`."""
         return self.of.columns
 
     @property
     def refs(self) -> Iterator[tuple[str, Ref]]:
-        """See `Record`."""
         return self.of.refs
 
     def map(self, change: Callable[[Ref], Ref]) -> Record:
-        """See `Record`."""
         return dataclasses.replace(self, of=self.of.map(change))
 
     @property
     def height(self) -> int:
-        """See `Record`."""
         return sum(stop - start for start, stop in self.ranges)
 
 

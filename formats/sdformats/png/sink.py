@@ -71,11 +71,9 @@ class PngSink(TensorSink):
         self._data = {name: bytearray(spec.nbytes) for name, spec in specs.items()}
 
     def write(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSink.write`."""
         self._data[name][offset : offset + len(buffer)] = buffer
 
     def commit(self) -> None:
-        """See `TensorSink.commit`."""
         numbers = {name: _floats(self._data[name], spec) for name, spec in self._specs.items()}
         data = written(self._tree, numbers)
         pixels = with_strips(self._picture, data)

@@ -57,7 +57,6 @@ class PngSource(TensorSource):
         self._tensors[name].span.record.read_into(offset, buffer)
 
     def position(self, name: str) -> tuple[int, int]:
-        """See `TensorSource.position`."""
         return 0, self._tensors[name].span.position
 
 

@@ -26,7 +26,6 @@ class ProcessorNaming(Naming):
     unet: str = ""
 
     def understand(self, name: str) -> Name | None:
-        """See `Naming`."""
         if (match := _PROCESSOR.fullmatch(name)) and name.startswith(self.unet):
             block, which, role = match.groups()
             path = f"{block.removeprefix(self.unet)}.to_{which}{'.0' if which == 'out' else ''}"
@@ -44,7 +43,6 @@ class ProcessorNaming(Naming):
         return super().module(path, family)
 
     def spell(self, module: str, role: str) -> str | None:
-        """See `Naming`."""
         match = _ATTENTION.fullmatch(module)
         if match is None:
             return super().spell(module, role)
