@@ -252,8 +252,7 @@ def _table(recipe: Recipe, first: policy.View, options: Options, notes: policy.N
     if family is None:
         raise FamilyError("block weights need to know the family, which the first model does not show; give --family")
     found = table(family, _depth(first.tensors))
-    for note in recipe.check_blocks(found):
-        notes.add(note)
+    notes.take(recipe.check_blocks(found))
     return found
 
 

@@ -64,6 +64,11 @@ class Notes:
         if key is not None:
             self.groups[text].append(key)
 
+    def take(self, texts: Iterable[str]) -> None:
+        """Note what was noted elsewhere."""
+        for text in texts:
+            self.add(text)
+
     def lines(self) -> tuple[str, ...]:
         """Return one line a note, with the number of keys and the first three."""
         return tuple(text if not keys else f"{text}: {listing(keys)}" for text, keys in self.groups.items())

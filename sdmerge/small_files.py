@@ -81,8 +81,7 @@ def convert_small(
     written = replace(written, tensors={name: in_type(ref, change) for name, ref in tensors.items()})
     notes = Notes()
     notes.add(f"{seen.spelling} to {layout}")
-    for note in source.notes:
-        notes.add(note)
+    notes.take(source.notes)
     if written.metadata and not isinstance(written.tree, Mapping) and target.suffix.lower() in TORCH_SUFFIXES:
         notes.add(f"left out, as the layout {layout} has no place for texts: {', '.join(written.metadata)}")
     plan = plan_of(written, sources, seen.family, notes)

@@ -82,8 +82,7 @@ def compress(wanted: Compression, target: Path, options: Options) -> Report:
         written = make({name: one.record for name, one in shrunk.items() if one.record is not None})
         notes = Notes()
         notes.add(_said(shrunk))
-        for note in record.notes:
-            notes.add(note)
+        notes.take(record.notes)
         plan = plan_of(written, (source, places.source), seen.family, notes)
         return write_out(plan, written, target, options, started, "writing")
 

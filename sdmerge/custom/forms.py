@@ -118,8 +118,7 @@ def convert_custom(
     with ExitStack() as stack, no_collection():
         record = read_custom_diffusion(source)
         notes = Notes()
-        for note in record.notes:
-            notes.add(note)
+        notes.take(record.notes)
         sources = [source]
         layout = layout_for(conversion.to, source, seen, target)
         if conversion.base is not None:

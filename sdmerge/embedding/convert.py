@@ -43,8 +43,7 @@ def convert_embedding(source: TensorSource, target: Path, wanted: Wanted, option
     """
     embedding, before = open_embedding(source)
     notes = Notes()
-    for note in embedding.notes:
-        notes.add(note)
+    notes.take(embedding.notes)
     return write_embedding(embedding, (source,), target, wanted, options, started, notes, before=before)
 
 

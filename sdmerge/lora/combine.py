@@ -272,8 +272,7 @@ class _Work:
         notes = Notes()
         notes.add(f"written as {self.layout.name}")
         for source in self.adapters:
-            for note in source.notes:
-                notes.add(note)
+            notes.take(source.notes)
         if shrunk:
             ranks = sorted(one.rank for one in shrunk.values())
             worst = max(shrunk, key=lambda path: shrunk[path].error)

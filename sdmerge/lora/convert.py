@@ -87,8 +87,7 @@ def _planned(
     adapter, before = open_adapter(opened, conversion.adapter_config)
     notes = Notes()
     notes.add(f"{before.name} to {layout.name}")
-    for note in adapter.notes:
-        notes.add(note)
+    notes.take(adapter.notes)
     adapter = replace(adapter, family=options.family or adapter.family)
     adapter = mapped(_formed(adapter, conversion, base), options)
     if conversion.allow_loss:
