@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from sdmerge.method import Param
-from sdmerge.train.method import LoopMethod, Part, Trained
+from sdmerge.train.method import LoopMethod, Trained
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sdmerge.execute import Report
-    from sdmerge.train.log import Tell
     from sdmerge.train.loop import Saving
     from sdmerge.train.networks import Condition, Networks
     from sdmerge.train.settings import Settings
@@ -41,11 +40,6 @@ class ClipInversion(LoopMethod):
     init: Annotated[
         str, Param("what the vector begins as: mean (of the pictures' embeddings), zeros, or a file of one")
     ] = MEAN
-
-    def parts(self, settings: Settings, networks: Networks, tell: Tell) -> tuple[Part, ...]:
-        from pathlib import Path
-
-        return (Part(Path(settings.data.data), ""),)
 
     def attach(self, networks: Networks, settings: Settings) -> Trained:
         from torch.nn import Parameter

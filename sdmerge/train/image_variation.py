@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from sdmerge.errors import RequestError
 from sdmerge.method import Param
 from sdmerge.train.finetune import Finetune
-from sdmerge.train.method import LoopMethod, Part, Trained
+from sdmerge.train.method import LoopMethod, Trained
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from sdmerge.execute import Report
     from sdmerge.train.batches import Batch
     from sdmerge.train.clip import ImageEncoder
-    from sdmerge.train.log import Tell
     from sdmerge.train.loop import Saving
     from sdmerge.train.networks import Condition, Networks
     from sdmerge.train.settings import Settings
@@ -36,11 +35,6 @@ class ImageVariation(LoopMethod):
     clip: Annotated[str | None, Param("the image encoder; else the model's own")] = None
     untold: Annotated[float, Param("tell nothing with this probability, for classifier-free guidance", 0, 1)] = 0.1
     modules: Annotated[str | None, Param("a pattern of tensor names to train, as unet\\..*attn2.*; else all")] = None
-
-    def parts(self, settings: Settings, networks: Networks, tell: Tell) -> tuple[Part, ...]:
-        from pathlib import Path
-
-        return (Part(Path(settings.data.data), ""),)
 
     def attach(self, networks: Networks, settings: Settings) -> Trained:
         from sdmerge.train.clip import load_image_encoder

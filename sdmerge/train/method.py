@@ -115,7 +115,7 @@ class LoopMethod(TrainingMethod):
         """Return the folders that are trained on; a batch has pictures of each."""
         from pathlib import Path
 
-        return (Part(Path(settings.data.data), settings.data.caption),)
+        return (Part(Path(settings.data.data), settings.data.caption if self.captions else ""),)
 
     def check(self, items: Sequence[Item]) -> None:
         """Refuse pictures that the method cannot learn from.
