@@ -19,6 +19,7 @@ registry: Any = pytest.importorskip("mergekit.merge_methods.registry")
 base_classes: Any = pytest.importorskip("mergekit.merge_methods.base")
 
 PLACE = Place("layers.0.weight")
+NEAR = 1e-5
 SHAPES = ((64,), (24, 17), (8, 5, 3, 3))
 WEIGHTS = (1.0, 0.6, 0.35)
 
@@ -46,11 +47,12 @@ def ours(name: str, tensors: list[torch.Tensor], base: torch.Tensor | None = Non
     return method.function(*tensors, **extra, **method.check(len(tensors), values))
 
 
-def agree(result: torch.Tensor, expected: torch.Tensor) -> None:
-    """Both are one tensor, within 1e-5 of its size."""
+def apart(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the larger of two distances: of the whole tensors, over their norm, and of any element, over 1 + its size."""
     assert result.shape == expected.shape
-    assert ((result - expected).norm() / expected.norm()).item() < 1e-5
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    difference = result - expected
+    whole, most = difference.norm() / expected.norm(), (difference.abs() / (1 + expected.abs())).max()
+    return float(torch.stack([whole, most]).max())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -58,16 +60,16 @@ def agree(result: torch.Tensor, expected: torch.Tensor) -> None:
 def test_linear(shape: tuple[int, ...], normalize: bool) -> None:
     tensors, _ = models(shape, 3)
     expected = theirs("linear", tensors, weight=WEIGHTS, normalize=normalize)
-    agree(ours("linear", tensors, weights=WEIGHTS, normalize=normalize), expected)
+    assert apart(ours("linear", tensors, weights=WEIGHTS, normalize=normalize), expected) < NEAR
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("t", [0.0, 0.2, 0.5, 0.9, 1.0])
 def test_slerp(shape: tuple[int, ...], t: float) -> None:
     tensors, _ = models(shape, 2)
-    agree(ours("slerp", tensors, t=t), theirs("slerp", tensors, 0, t=t))
+    assert apart(ours("slerp", tensors, t=t), theirs("slerp", tensors, 0, t=t)) < NEAR
     near = [tensors[0], tensors[0] + 0.01 * tensors[1]]  # a straight line in both
-    agree(ours("slerp", near, t=t), theirs("slerp", near, 0, t=t))
+    assert apart(ours("slerp", near, t=t), theirs("slerp", near, 0, t=t)) < NEAR
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -80,7 +82,7 @@ def test_nuslerp(shape: tuple[int, ...], based: bool, flatten: bool, row_wise: b
         "nuslerp", given, 0 if based else None, weight=(0.3, 0.9), nuslerp_flatten=flatten, nuslerp_row_wise=row_wise
     )
     result = ours("nuslerp", tensors, base if based else None, weights=(0.3, 0.9), flatten=flatten, row_wise=row_wise)
-    agree(result, expected)
+    assert apart(result, expected) < NEAR
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -90,14 +92,15 @@ def test_multislerp(shape: tuple[int, ...], based: bool, normalize: bool) -> Non
     tensors, base = models(shape, 3)
     given = [base, *tensors] if based else tensors
     expected = theirs("multislerp", given, 0 if based else None, weight=WEIGHTS, normalize_weights=normalize)
-    agree(ours("multislerp", tensors, base if based else None, weights=WEIGHTS, normalize=normalize), expected)
+    result = ours("multislerp", tensors, base if based else None, weights=WEIGHTS, normalize=normalize)
+    assert apart(result, expected) < NEAR
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_karcher(shape: tuple[int, ...]) -> None:
     tensors, _ = models(shape, 4)
-    agree(ours("karcher", tensors), theirs("karcher", tensors))
-    agree(ours("karcher", tensors, iterations=2), theirs("karcher", tensors, max_iter=2))
+    assert apart(ours("karcher", tensors), theirs("karcher", tensors)) < NEAR
+    assert apart(ours("karcher", tensors, iterations=2), theirs("karcher", tensors, max_iter=2)) < NEAR
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -105,7 +108,7 @@ def test_karcher(shape: tuple[int, ...]) -> None:
 def test_task_arithmetic(shape: tuple[int, ...], normalize: bool) -> None:
     tensors, base = models(shape, 3)
     expected = theirs("task_arithmetic", [base, *tensors], 0, weight=WEIGHTS, normalize=normalize, **{"lambda": 0.7})
-    agree(ours("task_arithmetic", tensors, base, weights=WEIGHTS, lam=0.7, normalize=normalize), expected)
+    assert apart(ours("task_arithmetic", tensors, base, weights=WEIGHTS, lam=0.7, normalize=normalize), expected) < NEAR
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -116,7 +119,8 @@ def test_ties(shape: tuple[int, ...], normalize: bool, density: float) -> None:
     expected = theirs(
         "ties", [base, *tensors], 0, weight=WEIGHTS, density=density, normalize=normalize, **{"lambda": 0.7}
     )
-    agree(ours("ties", tensors, base, weights=WEIGHTS, density=density, lam=0.7, normalize=normalize), expected)
+    result = ours("ties", tensors, base, weights=WEIGHTS, density=density, lam=0.7, normalize=normalize)
+    assert apart(result, expected) < NEAR
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -129,7 +133,7 @@ def test_breadcrumbs(shape: tuple[int, ...], name: str, density: float, gamma: f
         name, [base, *tensors], 0, weight=WEIGHTS, density=density, gamma=gamma, normalize=normalize, **{"lambda": 0.7}
     )
     values = {"weights": WEIGHTS, "density": density, "gamma": gamma, "lam": 0.7, "normalize": normalize}
-    agree(ours(name, tensors, base, **values), expected)
+    assert apart(ours(name, tensors, base, **values), expected) < NEAR
 
 
 @pytest.fixture
@@ -155,7 +159,7 @@ def test_dare(shape: tuple[int, ...], name: str, normalize: bool) -> None:
         name, [base, *tensors], 0, weight=WEIGHTS, density=0.6, normalize=normalize, rescale=False, **{"lambda": 0.7}
     )
     values = {"weights": WEIGHTS, "density": 0.6, "lam": 0.7, "normalize": normalize, "rescale": False, "seed": 3}
-    agree(ours(name, tensors, base, **values), expected)
+    assert apart(ours(name, tensors, base, **values), expected) < NEAR
 
 
 @pytest.mark.usefixtures("our_numbers")
@@ -166,14 +170,14 @@ def test_della(shape: tuple[int, ...], name: str, normalize: bool) -> None:
     tensors, base = models(shape, 3)
     shared: dict[str, Any] = {"density": 0.6, "epsilon": 0.2, "normalize": normalize, "rescale": False}
     expected = theirs(name, [base, *tensors], 0, weight=WEIGHTS, **shared, **{"lambda": 0.7})
-    agree(ours(name, tensors, base, weights=WEIGHTS, lam=0.7, seed=3, **shared), expected)
+    assert apart(ours(name, tensors, base, weights=WEIGHTS, lam=0.7, seed=3, **shared), expected) < NEAR
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_model_stock(shape: tuple[int, ...], count: int) -> None:
     tensors, base = models(shape, count)
-    agree(ours("model_stock", tensors, base), theirs("model_stock", [base, *tensors], 0))
+    assert apart(ours("model_stock", tensors, base), theirs("model_stock", [base, *tensors], 0)) < NEAR
 
 
 @pytest.mark.parametrize(
@@ -182,21 +186,22 @@ def test_model_stock(shape: tuple[int, ...], count: int) -> None:
 def test_model_stock_by_filter(shape: tuple[int, ...]) -> None:
     tensors, base = models(shape, 3)
     expected = theirs("model_stock", [base, *tensors], 0, filter_wise=True)
-    agree(ours("model_stock", tensors, base, filter_wise=True), expected)
+    assert apart(ours("model_stock", tensors, base, filter_wise=True), expected) < NEAR
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])
 def test_sce(shape: tuple[int, ...], share: float) -> None:
     tensors, base = models(shape, 3)
-    agree(ours("sce", tensors, base, select_topk=share), theirs("sce", [base, *tensors], 0, select_topk=share))
+    expected = theirs("sce", [base, *tensors], 0, select_topk=share)
+    assert apart(ours("sce", tensors, base, select_topk=share), expected) < NEAR
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("t", [0.001, 0.1, 0.5])
 def test_nearswap(shape: tuple[int, ...], t: float) -> None:
     tensors, _ = models(shape, 2)
-    agree(ours("nearswap", tensors, t=t), theirs("nearswap", tensors, 0, t=t))
+    assert apart(ours("nearswap", tensors, t=t), theirs("nearswap", tensors, 0, t=t)) < NEAR
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)  # convolutions have their softmax over the last dimension
@@ -204,13 +209,13 @@ def test_arcee_fusion(shape: tuple[int, ...]) -> None:
     tensors, base = models(shape, 1)
     result = ours("arcee_fusion", tensors, base)
     assert not torch.equal(result, base)
-    agree(result, theirs("arcee_fusion", [base, *tensors], 0))
+    assert apart(result, theirs("arcee_fusion", [base, *tensors], 0)) < NEAR
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_ram(shape: tuple[int, ...]) -> None:
     tensors, base = models(shape, 3)
-    agree(ours("ram", tensors, base, epsilon=0.2), theirs("ram", [base, *tensors], 0, epsilon=0.2))
+    assert apart(ours("ram", tensors, base, epsilon=0.2), theirs("ram", [base, *tensors], 0, epsilon=0.2)) < NEAR
     for alpha in (0.2, 50.0):
         expected = theirs("ramplus_tl", [base, *tensors], 0, epsilon=0.2, r=0.5, alpha=alpha)
-        agree(ours("ram_plus", tensors, base, epsilon=0.2, r=0.5, alpha=alpha), expected)
+        assert apart(ours("ram_plus", tensors, base, epsilon=0.2, r=0.5, alpha=alpha), expected) < NEAR

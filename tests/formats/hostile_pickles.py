@@ -185,7 +185,7 @@ def legacy(value: Any, keys: Any, *storages: tuple[int, bytes], little: bool = T
     return b"".join(parts) + b"".join(struct.pack("<q", count) + data for count, data in storages)
 
 
-def expect_refused(path: Path, kind: type[FormatError], match: str | None = None, *, read: bool = False) -> None:
+def assert_refused(path: Path, kind: type[FormatError], match: str | None = None, *, read: bool = False) -> None:
     """Assert that a file is refused with one line that names it."""
 
     def check_attempt() -> None:
@@ -203,5 +203,5 @@ def expect_refused(path: Path, kind: type[FormatError], match: str | None = None
     assert len(text) < 700
 
 
-def expect_refused_value(tmp_path: Path, value: Any, kind: type[FormatError], match: str, **more: Any) -> None:
-    expect_refused(write_zip(tmp_path / "x.pt", value, **more), kind, match)
+def assert_refused_value(tmp_path: Path, value: Any, kind: type[FormatError], match: str, **more: Any) -> None:
+    assert_refused(write_zip(tmp_path / "x.pt", value, **more), kind, match)

@@ -23,7 +23,7 @@ def exact(values: list[Tensor], center: Tensor | None) -> np.ndarray:
     return np.array([[(a * b).sum() for b in rows] for a in rows], dtype=np.float64)
 
 
-def close(got: Tensor, want: np.ndarray) -> None:
+def assert_close(got: Tensor, want: np.ndarray) -> None:
     scale = max(float(np.abs(want).max(initial=0.0)), 1e-300)
     assert float(np.abs(got.numpy() - want).max(initial=0.0)) <= 1e-13 * scale
 
@@ -34,7 +34,7 @@ def test_whole_tensors(dtype: torch.dtype, n: int) -> None:
     values = tensors((70, 501), n, dtype)
     got = reduce.gram(values)
     assert got.dtype == torch.float64
-    close(got, exact(values, None))
+    assert_close(got, exact(values, None))
     assert torch.equal(got, got.T)
 
 
@@ -46,7 +46,7 @@ def test_rows(shape: tuple[int, ...], centered: bool) -> None:
     got = reduce.gram(values, middle, rows=True)
     assert got.shape == (shape[0], 3, 3)
     for i in range(0, shape[0], max(1, shape[0] // 5)):
-        close(got[i], exact([x[i] for x in values], None if middle is None else middle[i]))
+        assert_close(got[i], exact([x[i] for x in values], None if middle is None else middle[i]))
 
 
 def test_center_is_subtracted_before_the_product() -> None:
@@ -64,7 +64,7 @@ def test_sums_are_longer_than_float32() -> None:
 def test_mixed_types() -> None:
     a, b, c = tensors((3, 5), 3)
     got = reduce.gram([a.half(), b.bfloat16()], c)
-    close(got, exact([(a.half().float() - c), (b.bfloat16().float() - c)], None))
+    assert_close(got, exact([(a.half().float() - c), (b.bfloat16().float() - c)], None))
 
 
 @pytest.mark.parametrize(("shape", "rows", "want"), [

@@ -32,18 +32,19 @@ ANYTHING = st.recursive(
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
 
 
-def tried(path: Path, data: bytes) -> None:
+def sizes(path: Path, data: bytes) -> list[tuple[int, int]]:
+    """Return how many bytes each tensor gives, and how many it says that it has; none where the file is refused."""
     path.write_bytes(data)
     with contextlib.suppress(FormatError), open_source(path) as source:
-        for name, spec in source.specs.items():
-            assert len(source.read(name)) == spec.nbytes
         json.dumps(describe(source))
+        return [(len(source.read(name)), spec.nbytes) for name, spec in source.specs.items()]
+    return []
 
 
 @SAME_FOLDER
 @given(st.dictionaries(st.sampled_from(["string_to_param", "clip_l", "clip_g", "<a>", "name", "step"]), ANYTHING))
 def test_any_tree(tmp_path: Path, tree: object) -> None:
-    tried(tmp_path / "e.png", with_text(base64_of(tree)))
+    assert all(got == said for got, said in sizes(tmp_path / "e.png", with_text(base64_of(tree))))
 
 
 @SAME_FOLDER
@@ -54,7 +55,7 @@ def test_damaged_json(tmp_path: Path, seed: int) -> None:
     data = bytearray(as_json(np.ones((2, 3), np.float32), name="a"))
     for _ in range(source.randint(1, 4)):
         data[source.randrange(len(data))] = source.choice(b'[]{},:"0e-\x00\xff9')
-    tried(tmp_path / "e.png", with_text(base64_of(bytes(data))))
+    assert all(got == said for got, said in sizes(tmp_path / "e.png", with_text(base64_of(bytes(data)))))
 
 
 @SAME_FOLDER
@@ -64,4 +65,4 @@ def test_damaged_files(tmp_path: Path, seed: int) -> None:
     data = bytearray(with_text(base64_of(as_json(np.ones((2, 3), np.float32)))))
     for _ in range(source.randint(1, 3)):
         data[source.randrange(8, len(data))] = source.randrange(256)
-    tried(tmp_path / "e.png", bytes(data))
+    assert all(got == said for got, said in sizes(tmp_path / "e.png", bytes(data)))

@@ -22,7 +22,7 @@ def three(shape: tuple[int, ...] = (120,)) -> tuple[list[torch.Tensor], list[np.
     return [a, b, c], [x.double().numpy() for x in (a, b, c)]
 
 
-def near(got: torch.Tensor, want: Any) -> None:
+def assert_near(got: torch.Tensor, want: Any) -> None:
     np.testing.assert_allclose(got.numpy(), want, rtol=2e-5, atol=2e-6)
 
 
@@ -31,7 +31,7 @@ def test_train_difference(alpha: float) -> None:
     tensors, (a, b, c) = three()
     below = np.abs(b - a) + np.abs(b - c)
     share = np.abs(b - a) / np.where(below == 0, 1, below)
-    near(differences.train_difference(*tensors, alpha=alpha), a + 1.8 * alpha * share * (b - c))
+    assert_near(differences.train_difference(*tensors, alpha=alpha), a + 1.8 * alpha * share * (b - c))
 
 
 def test_train_difference_where_b_is_c_or_a_is_a() -> None:
@@ -64,7 +64,7 @@ def test_smooth_add(shape: tuple[int, ...]) -> None:
         wide = np.pad(moved, [(4, 4)] + [(0, 0)] * (moved.ndim - 1), mode="symmetric")
         filtered = sum(weight * wide[i : i + moved.shape[0]] for i, weight in enumerate(weights))
         smooth = np.moveaxis(np.asarray(filtered), 0, axis)
-    near(differences.smooth_add(x, y, z, alpha=0.7), a + 0.7 * smooth)
+    assert_near(differences.smooth_add(x, y, z, alpha=0.7), a + 0.7 * smooth)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -74,7 +74,7 @@ def test_euclidean_add_difference(alpha: float) -> None:
     target = (1 - alpha) * a + alpha * b - c
     root = np.copysign(np.sqrt((1 - alpha) * mine**2 + alpha * theirs**2), target)
     want = c + root * np.linalg.norm(target) / np.linalg.norm(root)
-    near(differences.euclidean_add_difference(*tensors, alpha=alpha), want)
+    assert_near(differences.euclidean_add_difference(*tensors, alpha=alpha), want)
 
 
 def test_euclidean_add_difference_keeps_a_single_change() -> None:
@@ -88,7 +88,7 @@ def test_multiply_difference(alpha: float, beta: float) -> None:
     tensors, (a, b, c) = three()
     size = np.abs(a - c) ** (1 - alpha) * np.abs(b - c) ** alpha
     sign = (1 - beta) * (a - c) + beta * (b - c)
-    near(differences.multiply_difference(*tensors, alpha=alpha, beta=beta), c + np.copysign(size, sign))
+    assert_near(differences.multiply_difference(*tensors, alpha=alpha, beta=beta), c + np.copysign(size, sign))
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.4, 0.5), (1.0, 0.0)])
@@ -96,7 +96,7 @@ def test_similarity_add_difference(alpha: float, beta: float) -> None:
     tensors, (a, b, c) = three()
     alike = beta * (a * b / np.maximum(np.abs(a), np.abs(b)) ** 2 + 1) / 2
     difference, mean = a + alpha * (b - c), (1 - alpha / 2) * a + alpha / 2 * b
-    near(
+    assert_near(
         differences.similarity_add_difference(*tensors, alpha=alpha, beta=beta), (1 - alike) * difference + alike * mean
     )
 
@@ -111,4 +111,4 @@ def test_extract(shape: tuple[int, ...], alpha: float, beta: float, gamma: float
     alike = ((cosine + 1) / 2) ** gamma
     share = ((1 - beta) * alike + beta * (1 - alike))[..., None]
     want = base + ((1 - alpha) * mine + alpha * theirs) * share
-    near(differences.extract(*tensors[:2], base=tensors[2], alpha=alpha, beta=beta, gamma=gamma), want)
+    assert_near(differences.extract(*tensors[:2], base=tensors[2], alpha=alpha, beta=beta, gamma=gamma), want)

@@ -20,16 +20,16 @@ def three() -> tuple[list[torch.Tensor], list[np.ndarray]]:
     return tensors, [x.double().numpy() for x in tensors]
 
 
-def near(got: torch.Tensor, want: Any) -> None:
+def assert_near(got: torch.Tensor, want: Any) -> None:
     np.testing.assert_allclose(got.numpy(), want, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (0.3, 0.6), (1.0, 0.0), (0.0, 1.0), (1.0, 0.5)])
 def test_sums_of_three(alpha: float, beta: float) -> None:
     (x, y, z), (a, b, c) = three()
-    near(sums.triple_sum(x, y, z, alpha=alpha, beta=beta), (1 - alpha - beta) * a + alpha * b + beta * c)
-    near(sums.sum_twice(x, y, z, alpha=alpha, beta=beta), (1 - beta) * ((1 - alpha) * a + alpha * b) + beta * c)
-    near(sums.weighted_subtraction(x, y, alpha=alpha, beta=beta), (a - alpha * beta * b) / (1 - alpha * beta))
+    assert_near(sums.triple_sum(x, y, z, alpha=alpha, beta=beta), (1 - alpha - beta) * a + alpha * b + beta * c)
+    assert_near(sums.sum_twice(x, y, z, alpha=alpha, beta=beta), (1 - beta) * ((1 - alpha) * a + alpha * b) + beta * c)
+    assert_near(sums.weighted_subtraction(x, y, alpha=alpha, beta=beta), (a - alpha * beta * b) / (1 - alpha * beta))
 
 
 def test_nothing_is_left_to_subtract_from() -> None:
@@ -41,16 +41,16 @@ def test_nothing_is_left_to_subtract_from() -> None:
 def test_steps(alpha: float) -> None:
     (x, y, _), (a, b, _) = three()
     share = alpha**2 * (3 - 2 * alpha)
-    near(sums.smoothstep(x, y, alpha=alpha), (1 - share) * a + share * b)
+    assert_near(sums.smoothstep(x, y, alpha=alpha), (1 - share) * a + share * b)
     inverse = 0.5 - math.sin(math.asin(1 - 2 * alpha) / 3)
     assert math.isclose(inverse**2 * (3 - 2 * inverse), alpha, abs_tol=1e-12)
-    near(sums.inverse_smoothstep(x, y, alpha=alpha), (1 - inverse) * a + inverse * b)
+    assert_near(sums.inverse_smoothstep(x, y, alpha=alpha), (1 - inverse) * a + inverse * b)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
 def test_geometric_is_the_real_part_of_complex_powers(alpha: float) -> None:
     (x, y, _), (a, b, _) = three()
-    near(sums.geometric(x, y, alpha=alpha), (a.astype(complex) ** (1 - alpha) * b.astype(complex) ** alpha).real)
+    assert_near(sums.geometric(x, y, alpha=alpha), (a.astype(complex) ** (1 - alpha) * b.astype(complex) ** alpha).real)
 
 
 def test_extremes() -> None:
@@ -61,7 +61,7 @@ def test_extremes() -> None:
 
 def test_scale() -> None:
     (x, _, _), (a, _, _) = three()
-    near(sums.scale(x, alpha=-1.5), -1.5 * a)
+    assert_near(sums.scale(x, alpha=-1.5), -1.5 * a)
     assert torch.equal(sums.scale(x), x)
 
 
@@ -94,16 +94,16 @@ def test_adjust_scales_six_tensors(prefix: str, names: tuple[str, str], factor: 
     x = random((50,), 1)
     for name in names:
         got = sums.adjust(x, place=Place(prefix + name), detail_in=2.0, detail_out=3.0, detail_out2=5.0, contrast=9.0)
-        near(got, factor * x.double().numpy())
+        assert_near(got, factor * x.double().numpy())
 
 
 def test_adjust_shifts_the_last_bias() -> None:
     x = torch.zeros(4)
     place = Place("model.diffusion_model.out.2.bias")
     got = sums.adjust(x, place=place, contrast=1.0, brightness=3.0, col1=10.0, col2=20.0, col3=30.0)
-    near(got, 0.02 * np.array([1.0, -3 + 10 + 30, 1 + 10 - 20, 2 - 20 + 30]))
+    assert_near(got, 0.02 * np.array([1.0, -3 + 10 + 30, 1 + 10 - 20, 2 - 20 + 30]))
     got = sums.adjust(x, place=place, brightness=3.0, col1=10.0, col2=20.0, col3=30.0, latent="sdxl")
-    near(got, 0.02 * np.array([0.0, 10 - 20 - 30, -20 + 30, 3.0]))
+    assert_near(got, 0.02 * np.array([0.0, 10 - 20 - 30, -20 + 30, 3.0]))
     rest = sums.adjust(
         x[2:], place=Place(place.name, 2), brightness=3.0, col1=10.0, col2=20.0, col3=30.0, latent="sdxl"
     )
