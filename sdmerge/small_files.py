@@ -11,9 +11,8 @@ from sdformats.renamed import Renamed, stored
 from sdformats.torch_sink import SUFFIXES as TORCH_SUFFIXES
 from sdmerge.errors import RequestError, nearest
 from sdmerge.execute import no_collection
-from sdmerge.lora.refs import in_type
 from sdmerge.policy import Notes
-from sdmerge.writing import plan_of, write_out
+from sdmerge.writing import plan_of, typed, write_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -77,8 +76,7 @@ def convert_small(
     with no_collection():
         written = _written(source, seen, layout)
     tensors, sources = as_stored(written.tensors, (source,))
-    change = options.output_type
-    written = replace(written, tensors={name: in_type(ref, change) for name, ref in tensors.items()})
+    written = typed(replace(written, tensors=tensors), options.output_type)
     notes = Notes()
     notes.add(f"{seen.spelling} to {layout}")
     notes.take(source.notes)

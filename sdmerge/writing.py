@@ -16,7 +16,7 @@ from sdformats.torch_sink import TorchZipSink, zip_size
 from sdmerge import hashing
 from sdmerge.errors import RequestError
 from sdmerge.execute import report_of, write_plans
-from sdmerge.lora.refs import step_of
+from sdmerge.lora.refs import in_type, step_of
 from sdmerge.provenance import OF_OLD_BYTES
 from sdmerge.step import Plan, ordered
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from sdformats.adapters.layout import Written
     from sdformats.png.pixels import Pixels
-    from sdformats.tensor import Spec, TensorSink, TensorSource
+    from sdformats.tensor import DType, Spec, TensorSink, TensorSource
     from sdmerge.execute import Report
     from sdmerge.options import Options
     from sdmerge.policy import Notes
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
 PNG = ".png"
 _IN_FOLDER = ".safetensors/"
+
+
+def typed(written: Written, dtype: DType | None) -> Written:
+    """Return what a layout made with its floating tensors in another type; None: as they are."""
+    return replace(written, tensors={name: in_type(ref, dtype) for name, ref in written.tensors.items()})
 
 
 def plan_of(written: Written, sources: tuple[TensorSource, ...], family: str | None, notes: Notes) -> Plan:

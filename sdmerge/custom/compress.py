@@ -21,10 +21,10 @@ from sdmerge.errors import RequestError
 from sdmerge.execute import no_collection
 from sdmerge.lora.factors import Spectrum, WholeSpectrum
 from sdmerge.lora.held import Held
-from sdmerge.lora.refs import in_type, value
+from sdmerge.lora.refs import value
 from sdmerge.lora.shrink import Piece, shrink
 from sdmerge.policy import Notes
-from sdmerge.writing import plan_of, size_of, write_out
+from sdmerge.writing import plan_of, size_of, typed, write_out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,9 +104,7 @@ def _written(record: CustomDiffusion, layout: str, options: Options, loras: Mapp
     """Return the delta with its keys and values in factors; those of which nothing is kept are left out."""
     kept = {name: one for name, one in record.weights.items() if not name.endswith(KEYS_AND_VALUES)}
     products = {name: _product(loras[name]) for name in record.weights if name in loras}
-    written = WRITERS[layout](replace(record, weights={**products, **kept}))
-    tensors = {name: in_type(ref, options.output_type) for name, ref in written.tensors.items()}
-    return replace(written, tensors=tensors)
+    return typed(WRITERS[layout](replace(record, weights={**products, **kept})), options.output_type)
 
 
 def _product(lora: LoRA) -> Product:

@@ -30,10 +30,10 @@ from sdmerge.custom.features import Reader
 from sdmerge.custom.forms import layout_for, open_base, open_delta, weight_in, whole, write_form
 from sdmerge.errors import FamilyError, MismatchError, RequestError
 from sdmerge.execute import no_collection
-from sdmerge.lora.refs import Computed, in_type
+from sdmerge.lora.refs import Computed
 from sdmerge.policy import Notes
 from sdmerge.train.settings import ModelSettings
-from sdmerge.writing import plan_of, write_out
+from sdmerge.writing import plan_of, typed, write_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -130,10 +130,7 @@ def merge_concepts(wanted: Concepts, target: Path, options: Options) -> Report:
             weights[name] = Computed(merge, (base, *own), Spec(base.shape, kind.spec.dtype))
         words = {word: vectors for record in records for word, vectors in record.words.items()}
         result = CustomDiffusion(weights, words)
-        written = write_form(result, layout, target, notes, allow_loss=False)
-        written = replace(
-            written, tensors={name: in_type(ref, options.output_type) for name, ref in written.tensors.items()}
-        )
+        written = typed(write_form(result, layout, target, notes, allow_loss=False), options.output_type)
         sources = (*(source for source, _, _ in opened), places.source)
         plan = plan_of(written, sources, family, notes)
         report = write_out(plan, written, target, options, started, "merging")

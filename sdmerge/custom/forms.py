@@ -17,9 +17,9 @@ from sdformats.views import Ref
 from sdmerge.errors import FamilyError, MismatchError, RequestError, nearest
 from sdmerge.execute import no_collection, open_model
 from sdmerge.lora.places import Places
-from sdmerge.lora.refs import Computed, in_type
+from sdmerge.lora.refs import Computed
 from sdmerge.policy import Notes
-from sdmerge.writing import plan_of, write_out
+from sdmerge.writing import plan_of, typed, write_out
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,8 +128,7 @@ def convert_custom(
                        for name, one in record.weights.items()}  # fmt: skip
             record = replace(record, weights=weights)
         written = write_form(record, layout, target, notes, allow_loss=conversion.allow_loss)
-        tensors = {name: in_type(ref, options.output_type) for name, ref in written.tensors.items()}
-        written = replace(written, tensors=tensors)
+        written = typed(written, options.output_type)
         notes.add(f"{seen.spelling} to {layout}")
         plan = plan_of(written, tuple(sources), seen.family, notes)
         return write_out(plan, written, target, options, started, "converting")
