@@ -151,43 +151,53 @@ def check_together(views: Sequence[View], options: Options, notes: Notes) -> Non
         RequestError: something that is no model.
     """
     for one in views:
-        if one.detection.kind == "adapter":
-            raise RequestError(
-                f"{one.source.path}: is an adapter (LoRA or the like), whose factors cannot be added up one by one; "
-                "expected a checkpoint"
-            )
-        if one.detection.kind == "embedding":
-            raise RequestError(
-                f"{one.source.path}: is a textual-inversion embedding; mix embeddings with `sdmerge embedding mix` "
-                "(expected a checkpoint)"
-            )
+        _check_model(one)
     first = views[0]
     for other in views[1:]:
-        mine, theirs = first.detection, other.detection
-        if options.family is None and mine.family and theirs.family and mine.family != theirs.family:
-            raise FamilyError(
-                f"{first.label} is {mine.family} and {other.label} is {theirs.family} ({first.source.path}, "
-                f"{other.source.path}): models of different families cannot be merged; --family overrides what they look like"
-            )
-        if mine.spelling and theirs.spelling and mine.spelling != theirs.spelling:
-            raise FamilyError(
-                f"{first.label} is spelled as {mine.spelling} and {other.label} as {theirs.spelling} ({first.source.path}, "
-                f"{other.source.path}): their tensors have different names; use models that are spelled alike"
-            )
-        if not first.tensors.keys() & other.tensors.keys():
-            raise FamilyError(
-                f"{first.source.path} and {other.source.path} have no tensor in common; nothing can be merged"
-            )
-        if mine.variant != theirs.variant and mine.family == theirs.family:
-            notes.add(
-                f"{first.label} is {mine.family} {mine.variant}, {other.label} is {theirs.family} {theirs.variant}"
-            )
-        for marker in _MARKERS:
-            if (marker in first.tensors) != (marker in other.tensors):
-                has = first if marker in first.tensors else other
-                notes.add(
-                    f"only some of the models carry the marker {marker!r} ({has.label} does); the output follows A"
-                )
+        _check_pair(first, other, options)
+        _note_differences(first, other, notes)
+
+
+def _check_model(one: View) -> None:
+    if one.detection.kind == "adapter":
+        raise RequestError(
+            f"{one.source.path}: is an adapter (LoRA or the like), whose factors cannot be added up one by one; "
+            "expected a checkpoint"
+        )
+    if one.detection.kind == "embedding":
+        raise RequestError(
+            f"{one.source.path}: is a textual-inversion embedding; mix embeddings with `sdmerge embedding mix` "
+            "(expected a checkpoint)"
+        )
+
+
+def _check_pair(first: View, other: View, options: Options) -> None:
+    mine, theirs = first.detection, other.detection
+    if options.family is None and mine.family and theirs.family and mine.family != theirs.family:
+        raise FamilyError(
+            f"{first.label} is {mine.family} and {other.label} is {theirs.family} ({first.source.path}, "
+            f"{other.source.path}): models of different families cannot be merged; --family overrides what they look like"
+        )
+    if mine.spelling and theirs.spelling and mine.spelling != theirs.spelling:
+        raise FamilyError(
+            f"{first.label} is spelled as {mine.spelling} and {other.label} as {theirs.spelling} ({first.source.path}, "
+            f"{other.source.path}): their tensors have different names; use models that are spelled alike"
+        )
+    if not first.tensors.keys() & other.tensors.keys():
+        raise FamilyError(
+            f"{first.source.path} and {other.source.path} have no tensor in common; nothing can be merged"
+        )
+
+
+def _note_differences(first: View, other: View, notes: Notes) -> None:
+    """Say in what models of one family differ though they are merged."""
+    mine, theirs = first.detection, other.detection
+    if mine.variant != theirs.variant and mine.family == theirs.family:
+        notes.add(f"{first.label} is {mine.family} {mine.variant}, {other.label} is {theirs.family} {theirs.variant}")
+    for marker in _MARKERS:
+        if (marker in first.tensors) != (marker in other.tensors):
+            has = first if marker in first.tensors else other
+            notes.add(f"only some of the models carry the marker {marker!r} ({has.label} does); the output follows A")
 
 
 def reports_extra(name: str) -> bool:

@@ -176,8 +176,6 @@ def detect(
     Raises:
         FormatError: two layouts fit equally well, `family` is none that exists, or it is nothing of this `kind`.
     """
-    from sdformats.layouts import LAYOUTS  # layouts are made of this module's classes
-
     if family is not None and family not in FAMILIES:
         raise FormatError(f"{family!r} is no family", expected=f"one of {', '.join(FAMILIES)}")
     if not specs:
@@ -188,22 +186,9 @@ def detect(
     if readings:
         return _without_model(readings, family)
     facts = {spelling: Facts(specs, spelling) for spelling in (SINGLE_FILE, DIFFUSERS)}
-    scores = [(layout.score(facts[layout.spelling]), layout) for layout in LAYOUTS]
-    best = max(score for score, _ in scores)
-    winners = [layout for score, layout in scores if score == best]
-    if len(winners) > 1 and family is not None:
-        winners = [layout for layout in winners if layout.family == family] or winners[:1]
-    if best == 0:
+    layout = _best(facts, family)
+    if layout is None:
         return _without_network(specs, family)
-    if len(winners) > 1:
-        names = " and ".join(f"{w.family} ({w.spelling})" for w in winners)
-        mixed = len({w.family for w in winners}) == 1
-        advice = (
-            "it holds names of both spellings, which belongs into two files" if mixed else "say which with --family"
-        )
-        raise FormatError(f"could be {names}", advice=advice)
-    layout = winners[0]
-    seen = facts[layout.spelling]
     components = _components(specs, layout.spelling)
     if "unet" not in components:
         components = ("unet", *components)
@@ -211,11 +196,40 @@ def detect(
     return Detection(
         kind="checkpoint" if whole else "unet",
         family=family or layout.family,
-        variant=layout.variant(seen),
+        variant=layout.variant(facts[layout.spelling]),
         spelling=layout.spelling,
         components=components,
         warnings=tuple(f"has the key {key}: {said}" for key, said in _MARKERS.items() if key in specs),
     )
+
+
+def _best(facts: Mapping[str, Facts], family: str | None) -> Layout | None:
+    """Return the layout with the most marks; None where no network is seen.
+
+    Args:
+        facts: by spelling.
+        family: decides between layouts that fit equally well.
+
+    Raises:
+        FormatError: several fit equally well.
+    """
+    from sdformats.layouts import LAYOUTS  # layouts are made of this module's classes
+
+    scores = [(layout.score(facts[layout.spelling]), layout) for layout in LAYOUTS]
+    best = max(score for score, _ in scores)
+    if best == 0:
+        return None
+    winners = [layout for score, layout in scores if score == best]
+    if len(winners) > 1 and family is not None:
+        winners = [layout for layout in winners if layout.family == family] or winners[:1]
+    if len(winners) > 1:
+        names = " and ".join(f"{w.family} ({w.spelling})" for w in winners)
+        mixed = len({w.family for w in winners}) == 1
+        advice = (
+            "it holds names of both spellings, which belongs into two files" if mixed else "say which with --family"
+        )
+        raise FormatError(f"could be {names}", advice=advice)
+    return winners[0]
 
 
 def _of_kind(readings: tuple[Reading, ...], kind: str) -> tuple[Reading, ...]:

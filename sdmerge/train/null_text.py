@@ -11,9 +11,14 @@ from sdmerge.method import Param
 from sdmerge.train.method import TrainingMethod
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
     from sdmerge.execute import Report
+    from sdmerge.train.ddim import Ladder
     from sdmerge.train.log import Tell
-    from sdmerge.train.networks import Networks
+    from sdmerge.train.networks import Condition, Networks
     from sdmerge.train.settings import Settings
 
 VARIANTS = ("null-text", "negative-prompt", "ddim")
@@ -50,7 +55,7 @@ class NullText(TrainingMethod):
         from sdformats.null_text import NullText as Record
         from sdformats.null_text import write_named
         from sdmerge.train.ddim import ladder
-        from sdmerge.train.inversion import inverted, optimised
+        from sdmerge.train.inversion import inverted
         from sdmerge.train.loading import load
         from sdmerge.train.losses import schedule_of
         from sdmerge.train.saving import dtype_of, held, plainly, save_small, texts_of
@@ -60,26 +65,12 @@ class NullText(TrainingMethod):
         if networks.family == "sdxl":
             raise RequestError("null-text inversion is for SD1 and SD2: SDXL is also told a vector for the whole text")
         latents = self._latents(networks, settings.data.resolution, tell)
-        levels = ladder(
-            schedule_of(networks.scheduler, settings.loss, settings.model.prediction), networks.scheduler, self.steps
-        )
+        schedule = schedule_of(networks.scheduler, settings.loss, settings.model.prediction)
+        levels = ladder(schedule, networks.scheduler, self.steps)
         with torch.no_grad():
             told, empty = networks.read([self.prompt]), networks.read([""])
         way = inverted(networks, levels, latents, told)
-        nulls = [empty if self.variant == "ddim" else told] * levels.steps
-        if self.variant == "null-text":
-            with tell.progress("inverting", levels.steps) as advance:
-                nulls = optimised(
-                    networks,
-                    levels,
-                    way,
-                    told,
-                    empty,
-                    guidance=self.guidance,
-                    inner=self.inner,
-                    tolerance=self.tolerance,
-                    advance=lambda loss: advance(1, f"distance {loss:.1e}"),
-                )
+        nulls = self._nulls(networks, levels, way, told, empty, tell)
         texts = texts_of(self, settings, saving) | {
             "prompt": self.prompt,
             "guidance": str(self.guidance),
@@ -87,13 +78,38 @@ class NullText(TrainingMethod):
             "scheduler": json.dumps({"_class_name": "DDIMScheduler", **networks.scheduler}),
         }
         embeddings = held(torch.stack([null.context for null in nulls]), dtype_of(settings))
-        return [
-            save_small(
-                write_named(Record(embeddings, held(way[-1], dtype_of(settings)), texts)), networks.family, saving
-            )
-        ]
+        record = Record(embeddings, held(way[-1], dtype_of(settings)), texts)
+        return [save_small(write_named(record), networks.family, saving)]
 
-    def _latents(self, networks: Networks, resolution: int, tell: Tell) -> Any:
+    def _nulls(
+        self,
+        networks: Networks,
+        levels: Ladder,
+        way: Sequence[Tensor],
+        told: Condition,
+        empty: Condition,
+        tell: Tell,
+    ) -> list[Condition]:
+        """Return what takes the place of the empty prompt in each step, the noisiest first."""
+        from sdmerge.train.inversion import optimised
+
+        if self.variant != "null-text":
+            return [empty if self.variant == "ddim" else told] * levels.steps
+        with tell.progress("inverting", levels.steps) as advance:
+            return optimised(
+                networks,
+                levels,
+                way,
+                told,
+                empty,
+                guidance=self.guidance,
+                inner=self.inner,
+                tolerance=self.tolerance,
+                advance=lambda loss: advance(1, f"distance {loss:.1e}"),
+            )
+
+    def _latents(self, networks: Networks, resolution: int, tell: Tell) -> Tensor:
+        """Return the latents of the picture, [1, 4, side / 8, side / 8]."""
         from pathlib import Path
 
         from sdmerge.train import data

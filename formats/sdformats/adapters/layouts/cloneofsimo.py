@@ -61,35 +61,17 @@ def write(layout: AdapterLayout, adapter: Adapter, fold: Fold) -> Written:
     """
     tensors: dict[str, Ref] = {}
     metadata = dict(adapter.metadata)
-    layers = 23 if adapter.family == "sd2" else 12
     for name, component in _COMPONENTS.items():
         mine = [path for path in adapter.modules if path.startswith(f"{component}.")]
         if not mine:
             continue
         with_geglu = any(path.endswith("ff.net.0.proj") for path in mine)
-        inside = _slots.unet_modules(geglu=4 if with_geglu else None) if name == "unet" else _slots.text_modules(layers)
-        order = [f"{component}.{path}" for path in inside]
-        if name == "text_encoder" and len(mine) == 96:
-            order = [f"{component}.{path}" for path in _slots.text_modules(24)]
-        if missing := [path for path in order if path not in adapter.modules]:
-            raise CannotHold(
-                "is not trained, but the layout cloneofsimo numbers all attention layers",
-                key=missing[0],
-                advice="choose another with --to",
-            )
-        if extra := [path for path in mine if path not in order]:
-            raise CannotHold(
-                f"has no number in the layout cloneofsimo, nor have {len(extra) - 1:,} more",
-                key=extra[0],
-                advice="choose another with --to",
-            )
-        for number, path in enumerate(order):
+        for number, path in enumerate(_numbered(adapter, name, mine, geglu=with_geglu)):
             record = scale_folded(path, adapter.modules[path], fold)
             assert isinstance(record, LoRA), "the layout holds nothing else"
             tensors |= {f"{name}:{number}:up": record.up, f"{name}:{number}:down": record.down}
             metadata[f"{name}:{number}:rank"] = str(record.rank)
-        classes = _CLASSES[name] if with_geglu or name != "unet" else '["CrossAttention", "Attention"]'
-        metadata[name] = classes
+        metadata[name] = _CLASSES[name] if with_geglu or name != "unet" else '["CrossAttention", "Attention"]'
     for word, inner in adapter.embeddings.items():
         if set(inner) != {"*"} or inner["*"].spec.numel != inner["*"].shape[-1]:
             raise CannotHold("has more than one vector", key=word, advice="choose another with --to")
@@ -97,6 +79,39 @@ def write(layout: AdapterLayout, adapter: Adapter, fold: Fold) -> Written:
         tensors[bracketed] = reshaped(inner["*"], inner["*"].shape[-1:])
         metadata[bracketed] = _EMBED
     return Written(tensors, metadata)
+
+
+def _numbered(adapter: Adapter, name: str, mine: list[str], *, geglu: bool) -> list[str]:
+    """Return the paths of a component's modules in the order of their numbers.
+
+    Args:
+        name: the file's name of the component.
+        mine: the paths of those that were trained.
+        geglu: whether GEGLU is among them.
+
+    Raises:
+        CannotHold: modules are missing, or there are others.
+    """
+    if name == "unet":
+        inside = _slots.unet_modules(geglu=4 if geglu else None)
+    elif len(mine) == 96:
+        inside = _slots.text_modules(24)
+    else:
+        inside = _slots.text_modules(23 if adapter.family == "sd2" else 12)
+    order = [f"{_COMPONENTS[name]}.{path}" for path in inside]
+    if missing := [path for path in order if path not in adapter.modules]:
+        raise CannotHold(
+            "is not trained, but the layout cloneofsimo numbers all attention layers",
+            key=missing[0],
+            advice="choose another with --to",
+        )
+    if extra := [path for path in mine if path not in order]:
+        raise CannotHold(
+            f"has no number in the layout cloneofsimo, nor have {len(extra) - 1:,} more",
+            key=extra[0],
+            advice="choose another with --to",
+        )
+    return order
 
 
 LAYOUT = AdapterLayout(
