@@ -73,7 +73,7 @@ class JoinedSource(TensorSource):
             for key, spec in source.specs.items():
                 name = prefix + key
                 if name in specs:
-                    self._close_parts()
+                    self.close()
                     raise CorruptFile(f"is in {source.path.name} and in another file too", path=path, key=name)
                 specs[name] = spec
                 self._homes[name] = (index, key)
@@ -102,9 +102,6 @@ class JoinedSource(TensorSource):
             source.verify()
 
     def close(self) -> None:
-        self._close_parts()
-
-    def _close_parts(self) -> None:
         for source in self._parts:
             source.close()
 
@@ -149,9 +146,19 @@ def open_folder(path: Path, opener: Opener) -> TensorSource:
     if (path / INDEX).is_file() or (chosen and own is None):
         if not chosen:
             raise UnknownFormat("is a diffusers folder without weights", path=path, advice="download it completely")
-        source: TensorSource = _open_components(path, chosen, opener, own)
+        source = _open_components(path, chosen, opener, own)
         source.notes = (*_of_training(path, steps), *source.notes)
         return source
+    return _open_alone(path, own, steps, opener)
+
+
+def _open_alone(path: Path, own: _Choice | None, steps: Sequence[str], opener: Opener) -> TensorSource:
+    """Open the one model of a folder that is no pipeline; errors as `open_folder`.
+
+    Args:
+        own: what is read of the folder's own files; None: they hold no weights.
+        steps: the names of folders in it that a training run left.
+    """
     if own is None and steps:
         raise UnknownFormat(f"is a training run's folder, with nothing but its steps ({', '.join(steps[:3])})", path=path,
                             advice="name one of them")  # fmt: skip

@@ -36,11 +36,12 @@ from sdmerge.train.settings import ModelSettings
 from sdmerge.writing import plan_of, typed, write_out
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
+    from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
     from sdformats.views import Ref
     from sdmerge.execute import Report
@@ -111,23 +112,16 @@ def merge_concepts(wanted: Concepts, target: Path, options: Options) -> Report:
     with ExitStack() as stack:
         with no_collection():
             opened = [open_delta(stack, path, options) for path, _ in wanted.deltas]
-            families = {seen.family for _, _, seen in opened if seen.family}
-            if len(families) > 1:
-                raise FamilyError(f"the deltas are for different families: {', '.join(sorted(families))}")
-            family = next(iter(families), None)
+            family = _family_of([seen for _, _, seen in opened])
             records = _named_apart([record for _, record, _ in opened], notes)
             for (path, _), record in zip(wanted.deltas, records, strict=True):
                 _check(record, path)
             places = open_base(stack, wanted.base, family)
             layout = layout_for(wanted.to, opened[0][0], opened[0][2], target)
         held = _plane(wanted, places.source, records, options)
-        weights: dict[str, Ref] = {}
-        for name in dict.fromkeys(name for record in records for name in record.weights):
-            base = weight_in(places, name)
-            own = [whole(record.weights.get(name), base) for record in records]
-            merge = partial(merged_weight, held=held, residual=residual)
-            kind = next(one for record, one in zip(records, own, strict=True) if name in record.weights)
-            weights[name] = Computed(merge, (base, *own), Spec(base.shape, kind.spec.dtype))
+        merge = partial(merged_weight, held=held, residual=residual)
+        names = dict.fromkeys(name for record in records for name in record.weights)
+        weights = {name: _merged(name, weight_in(places, name), records, merge) for name in names}
         words = {word: vectors for record in records for word, vectors in record.words.items()}
         result = CustomDiffusion(weights, words)
         written = typed(write_form(result, layout, target, notes, allow_loss=False), options.output_type)
@@ -138,6 +132,20 @@ def merge_concepts(wanted: Concepts, target: Path, options: Options) -> Report:
         return report
     said = f"{len(weights)} matrices make of {len(held.features)} tokens what each concept's own made, to {residual.largest:.1e}"
     return replace(report, notes=(*report.notes, said))
+
+
+def _family_of(found: Sequence[Detection]) -> str | None:
+    families = {seen.family for seen in found if seen.family}
+    if len(families) > 1:
+        raise FamilyError(f"the deltas are for different families: {', '.join(sorted(families))}")
+    return next(iter(families), None)
+
+
+def _merged(name: str, base: Ref, records: Sequence[CustomDiffusion], merge: Callable[..., Tensor]) -> Computed:
+    """Return a weight that is merged of the model's and all concepts', in the type of the first delta that has it."""
+    own = [whole(record.weights.get(name), base) for record in records]
+    kind = next(one for record, one in zip(records, own, strict=True) if name in record.weights)
+    return Computed(merge, (base, *own), Spec(base.shape, kind.spec.dtype))
 
 
 def _check(record: CustomDiffusion, path: Path) -> None:

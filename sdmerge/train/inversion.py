@@ -5,6 +5,7 @@ Mokady et al. (2022), *Null-text inversion*; Miyake et al. (2023), *Negative-pro
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,25 +67,37 @@ def optimised(
             forward = _predicted(networks, levels, latents, step, told)
         context = context.detach().clone().requires_grad_(True)
         optimizer = torch.optim.Adam([context], lr=_RATE * (1 - i / (2 * levels.steps)))
-
-        def moved(
-            context: Tensor = context, latents: Tensor = latents, forward: Tensor = forward, s: int = step
-        ) -> Tensor:
-            back = _predicted(networks, levels, latents, s, Condition(context))
-            return levels.down(latents, back + guidance * (forward - back), s)
-
+        moved = partial(_guided, networks, levels, latents, forward, step, guidance)
         for _ in range(inner):
             with torch.enable_grad():
-                loss = mse_loss(moved(), way[step])
+                loss = mse_loss(moved(context), way[step])
                 (context.grad,) = torch.autograd.grad(loss, [context])
             optimizer.step()
             if float(loss.detach()) < tolerance * (1 + 2 * i):
                 break
         nulls.append(Condition(context.detach().clone()))
         with torch.no_grad():
-            latents = moved()
+            latents = moved(context)
         advance(float(mse_loss(latents, way[step])))
     return nulls
+
+
+def _guided(
+    networks: Networks,
+    levels: Ladder,
+    latents: Tensor,
+    forward: Tensor,
+    step: int,
+    guidance: float,
+    context: Tensor,
+) -> Tensor:
+    """Return the latents after a step of guided sampling, where `context` stands for the empty prompt.
+
+    Args:
+        forward: what the network predicts with the prompt.
+    """
+    back = _predicted(networks, levels, latents, step, Condition(context))
+    return levels.down(latents, back + guidance * (forward - back), step)
 
 
 def _predicted(networks: Networks, levels: Ladder, latents: Tensor, step: int, told: Condition) -> Tensor:
