@@ -227,24 +227,18 @@ class _Work:
         """Return changes of norms, and of biases alone, where the layout holds them; else they are noted."""
         sides: dict[str, Record] = {}
         for layer in every:
-            if len(layer.shape) == 1:
-                change, noise = layer.change()
-                if is_noise(change, noise) is None:
-                    self._side(sides, layer.path, Norm(weight=self._held(change)), "norm")
-            elif ".embeddings." in layer.path:
-                change, noise = layer.change()
-                if is_noise(change, noise) is None:
-                    self.notes.add("changed, and no part of a LoRA", layer.path)
+            path = layer.path
+            if len(layer.shape) == 1 and (change := _beyond_noise(layer)) is not None:
+                self._side(sides, path, Norm(weight=self._held(change)), "norm")
+            if ".embeddings." in path and len(layer.shape) > 1 and _beyond_noise(layer) is not None:
+                self.notes.add("changed, and no part of a LoRA", path)
             both = bias_of(self.tuned, self.base, layer)
-            if both is None:
+            if both is None or (change := _beyond_noise(replace(layer, tuned=both[0], base=both[1]))) is None:
                 continue
-            change, noise = replace(layer, tuned=both[0], base=both[1]).change()
-            if is_noise(change, noise) is None:
-                bias = self._held(change)
-                if isinstance(norm := sides.get(layer.path), Norm):
-                    sides[layer.path] = replace(norm, bias=bias)
-                else:
-                    self._side(sides, layer.path, Full(bias=bias), "full")
+            if isinstance(norm := sides.get(path), Norm):
+                sides[path] = replace(norm, bias=self._held(change))
+            else:
+                self._side(sides, path, Full(bias=self._held(change)), "full")
         return sides
 
     def _side(self, sides: dict[str, Record], path: str, record: Record, need: str) -> None:
@@ -327,6 +321,12 @@ def _joined(loras: Mapping[str, LoRA], sides: Mapping[str, Record]) -> dict[str,
     """Return modules with what else of them changed: a bias goes with the LoRA."""
     biased = {path: replace(lora, bias=sides[path].bias if path in sides else None) for path, lora in loras.items()}
     return {**sides, **biased}
+
+
+def _beyond_noise(layer: Layer) -> torch.Tensor | None:
+    """Return a layer's change; None where it is none, or no more than the rounding of the files' types."""
+    change, noise = layer.change()
+    return change if is_noise(change, noise) is None else None
 
 
 def _with_rest(curve: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
