@@ -33,13 +33,21 @@ class ArrayType:
 
     @classmethod
     def of(cls, arguments: tuple[Any, ...]) -> ArrayType:
-        """Make it from the arguments of ``numpy.dtype``."""
+        """Make it from the arguments of ``numpy.dtype``.
+
+        Raises:
+            Mismatch: they are no such arguments.
+        """
         if not arguments or not isinstance(arguments[0], str):
             raise Mismatch
         return cls(arguments[0].lstrip("<|=>"), arguments[0].startswith(">"))
 
     def build(self, state: object) -> None:
-        """Take the byte order from the state; the rest of it describes types that no tensor has."""
+        """Take the byte order from the state; the rest of it describes types that no tensor has.
+
+        Raises:
+            Mismatch: it is no such state.
+        """
         if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
             raise Mismatch
         self.big_endian = state[1] == ">"
@@ -52,7 +60,12 @@ class Array:
     tensor: TensorRef | None = None
 
     def build(self, state: object, place: Place, position: int) -> None:
-        """Take what ``ndarray.__setstate__`` gets: version, shape, type, order, elements."""
+        """Take what ``ndarray.__setstate__`` gets: version, shape, type, order, elements.
+
+        Raises:
+            Mismatch: it is no such state.
+            CorruptFile: there are more or fewer bytes than the shape needs.
+        """
         if not isinstance(state, tuple) or len(state) != 5:
             raise Mismatch
         _, shape, kind, columns_first, data = state
@@ -63,7 +76,12 @@ class Array:
 
 
 def from_buffer(arguments: tuple[Any, ...], place: Place, position: int) -> Array:
-    """Return the array that ``numpy.core.numeric._frombuffer`` would make of (bytes, type, shape, order)."""
+    """Return the array that ``numpy.core.numeric._frombuffer`` would make of (bytes, type, shape, order).
+
+    Raises:
+        Mismatch: they are no such arguments.
+        CorruptFile: there are more or fewer bytes than the shape needs.
+    """
     if len(arguments) != 4 or not isinstance(arguments[1], ArrayType) or arguments[3] not in ("C", "F"):
         raise Mismatch
     data, kind, shape, order = arguments
@@ -73,7 +91,11 @@ def from_buffer(arguments: tuple[Any, ...], place: Place, position: int) -> Arra
 
 
 def scalar(arguments: tuple[Any, ...]) -> object:
-    """Return the number that ``numpy.core.multiarray.scalar`` would make of (type, bytes), or None if it is none."""
+    """Return the number that ``numpy.core.multiarray.scalar`` would make of (type, bytes), or None if it is none.
+
+    Raises:
+        Mismatch: they are no such arguments.
+    """
     if not 1 <= len(arguments) <= 2 or not isinstance(arguments[0], ArrayType):
         raise Mismatch
     kind = arguments[0]
@@ -88,7 +110,11 @@ def scalar(arguments: tuple[Any, ...]) -> object:
 
 
 def span_of(data: object, position: int) -> Span:
-    """Return bytes from a pickle as a span, wherever they are."""
+    """Return bytes from a pickle as a span, wherever they are.
+
+    Raises:
+        Mismatch: they are no bytes.
+    """
     if isinstance(data, Span):
         return data
     if isinstance(data, str):

@@ -54,7 +54,10 @@ class World(Protocol):
 
 @dataclass(slots=True, repr=False)  # what is on the stack can take for ever to print
 class Machine:
-    """One run over one pickle."""
+    """One run over one pickle.
+
+    Every step raises `CorruptFile` where the pickle does not hold what its opcode needs.
+    """
 
     stream: Stream
     world: World

@@ -29,19 +29,31 @@ class Budget:
     copied: int = MAX_PICKLE
 
     def spend_steps(self, count: int, place: Place) -> None:
-        """Take off `count` opcodes, or as much work."""
+        """Take off `count` opcodes, or as much work.
+
+        Raises:
+            UnsafeFile: that is more than there is left.
+        """
         self.steps -= count
         if self.steps < 0:
             raise place.unsafe("has a pickle of too many steps", f"at most {MAX_STEPS:,}")
 
     def spend_bytes(self, count: int, place: Place) -> None:
-        """Take off `count` bytes that are copied within the pickle."""
+        """Take off `count` bytes that are copied within the pickle.
+
+        Raises:
+            UnsafeFile: that is more than there is left.
+        """
         self.copied -= count
         if self.copied < 0:
             raise place.unsafe("has a pickle that grows when it is read", f"at most {MAX_PICKLE:,} bytes")
 
     def spend_wide_key(self, place: Place) -> None:
-        """Take off one dict key past 32 bits."""
+        """Take off one dict key past 32 bits.
+
+        Raises:
+            UnsafeFile: there is none left.
+        """
         self.wide_keys -= 1
         if self.wide_keys < 0:
             raise place.unsafe("has too many large numbers as dict keys", f"at most {MAX_WIDE_KEYS:,}")

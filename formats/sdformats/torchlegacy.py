@@ -137,7 +137,11 @@ def _find_storages(
 
 
 def loader(place: Place, budget: Budget) -> Callable[[Span], Storage]:
-    """Return a function that reads a storage from a byte string, as a plain pickle of a tensor holds it."""
+    """Return a function that reads a storage from a byte string, as a plain pickle of a tensor holds it.
+
+    Raises:
+        CorruptFile: the function does, where the bytes are no storage.
+    """
 
     def load(span: Span) -> Storage:
         if span.record.resident:

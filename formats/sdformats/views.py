@@ -234,7 +234,11 @@ def rows(ref: Ref, start: int, stop: int) -> Ref:
 
 
 def reshaped(ref: Ref, shape: tuple[int, ...]) -> Ref:
-    """Return a tensor in another shape of as many numbers, or the tensor itself where it has that shape."""
+    """Return a tensor in another shape of as many numbers, or the tensor itself where it has that shape.
+
+    Raises:
+        FormatError: that shape has another number of numbers.
+    """
     if ref.shape == shape:
         return ref
     if math.prod(shape) != ref.spec.numel:

@@ -252,6 +252,9 @@ def merged_weight(base: Tensor, *own: Tensor, held: Plane, residual: Residual) -
 
     Returns:
         [out, width], float64.
+
+    Raises:
+        MismatchError: the text encoder's features have another width.
     """
     weight = base.double()
     if weight.shape[1] != held.features.shape[1]:

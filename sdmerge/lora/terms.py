@@ -213,7 +213,11 @@ def biases(path: str, terms: Sequence[Term], *, exact: bool) -> Ref | None:
 
 
 def summed(path: str, parts: Sequence[tuple[Ref, float]], *, exact: bool) -> Ref:
-    """Return Σ factor · tensor, in the shape and type of the first; in float32 where `exact` and that type would round."""
+    """Return Σ factor · tensor, in the shape and type of the first; in float32 where `exact` and that type would round.
+
+    Raises:
+        MismatchError: they have different numbers of elements.
+    """
     first = parts[0][0]
     if any(ref.spec.numel != first.spec.numel for ref, _ in parts):
         raise MismatchError(f"{path}: the adapters' differences have different sizes (expected adapters for one model)")

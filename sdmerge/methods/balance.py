@@ -48,6 +48,9 @@ def balance_attention(
         alpha: the α of the formula.
         heads: where a VAE's attention has one head and a text encoder's another number, a number that both have as a
             multiple changes nothing either: parts of a head are balanced then.
+
+    Raises:
+        RequestError: the rows do not divide into that many heads.
     """
     tensors = {**beside[0], place.name: a}
     found = find(place.name, tensors)

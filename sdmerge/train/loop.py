@@ -135,7 +135,11 @@ class Run:
         return self.finish()
 
     def prepare(self) -> None:
-        """Read and check everything, so that what is wrong is known before the first step."""
+        """Read and check everything, so that what is wrong is known before the first step.
+
+        Raises:
+            as `train`.
+        """
         settings = self.settings
         self._check_output()
         self.networks = load(settings.model)

@@ -88,7 +88,11 @@ def _alike_in_rows(record: Record) -> bool:
 
 
 def swapped(record: Record) -> Record:
-    """Return a record whose halves have changed places."""
+    """Return a record whose halves have changed places.
+
+    Raises:
+        CorruptFile: its rows have no halves, or are not known.
+    """
     if _alike_in_rows(record):
         return record
     whole = record.height

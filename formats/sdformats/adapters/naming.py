@@ -155,7 +155,11 @@ class Naming:
         return None
 
     def fusion(self, module: str) -> Rule:
-        """Return our modules, with their component, by a name that `module` gave."""
+        """Return our modules, with their component, by a name that `module` gave.
+
+        Raises:
+            KeyError: it gave no such name.
+        """
         for prefix in self.prefixes:
             if module.startswith(prefix.text) and (found := prefix.find(module[len(prefix.text) :])) is not None:
                 return replace(found, parts=tuple(f"{prefix.component}.{part}" for part in found.parts))

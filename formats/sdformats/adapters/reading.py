@@ -56,7 +56,11 @@ Grouped = dict[str, tuple["Name", dict[str, Ref]]]
 
 
 def sort_names(naming: Naming, file: AdapterFile) -> tuple[Grouped, dict[str, dict[str, Ref]], list[str]]:
-    """Return each module's tensors by role, bundled embeddings, and names that mean nothing here."""
+    """Return each module's tensors by role, bundled embeddings, and names that mean nothing here.
+
+    Raises:
+        CorruptFile: a module has two tensors for one role.
+    """
     grouped: Grouped = {}
     embeddings: dict[str, dict[str, Ref]] = {}
     unknown: list[str] = []
@@ -79,7 +83,11 @@ def sort_names(naming: Naming, file: AdapterFile) -> tuple[Grouped, dict[str, di
 def parts(
     file: AdapterFile, module: str, name: Name, tensors: Mapping[str, Ref], known: Mapping[str, Record]
 ) -> dict[str, Record]:
-    """Return the records of our modules that a file's module is."""
+    """Return the records of our modules that a file's module is.
+
+    Raises:
+        FormatError: its tensors do not belong together, or another module of the file is the same.
+    """
     try:
         found = split(assemble(module, tensors), name.fusion)
     except FormatError as error:
@@ -201,7 +209,11 @@ def write_named(layout: AdapterLayout, adapter: Adapter, fold: Fold) -> Written:
 
 
 def fused_modules(layout: AdapterLayout, adapter: Adapter, fold: Fold) -> dict[str, Record]:
-    """Return a file's modules, in the order of the adapter's."""
+    """Return a file's modules, in the order of the adapter's.
+
+    Raises:
+        CannotHold: a module has no name in the layout, or is a part of a part.
+    """
     assert layout.naming is not None, "layouts without names bring a function of their own"
     spelled: dict[str, list[str]] = {}
     for path in adapter.modules:
@@ -223,7 +235,11 @@ def fused_modules(layout: AdapterLayout, adapter: Adapter, fold: Fold) -> dict[s
 
 
 def named(layout: AdapterLayout, module: str, record: Record) -> dict[str, Ref]:
-    """Return a module's tensors by their names in a file."""
+    """Return a module's tensors by their names in a file.
+
+    Raises:
+        CannotHold: it is part of a fused module that cannot be cut, or the layout has no name for a tensor of it.
+    """
     assert layout.naming is not None, "layouts without names bring a function of their own"
     if isinstance(record, Rows):
         raise CannotHold(
@@ -241,7 +257,11 @@ def named(layout: AdapterLayout, module: str, record: Record) -> dict[str, Ref]:
 
 
 def scale_folded(module: str, record: Record, fold: Fold) -> Record:
-    """Return a record at scale 1 that does the same: the first factor is multiplied."""
+    """Return a record at scale 1 that does the same: the first factor is multiplied.
+
+    Raises:
+        CannotHold: it is a GLoRA, which has no such factor.
+    """
     scale = record.scale
     if scale == 1:
         return replace(record, alpha=None)

@@ -68,7 +68,11 @@ class Chunks:
             at += _FRAME + size
 
     def data(self, chunk: Chunk) -> bytes:
-        """Return a chunk's data, checked."""
+        """Return a chunk's data, checked.
+
+        Raises:
+            CorruptFile: its checksum is another.
+        """
         data = self._file.read(chunk.start, chunk.size)
         (crc,) = struct.unpack(">I", self._file.read(chunk.start + chunk.size, 4))
         if zlib.crc32(data, zlib.crc32(chunk.kind)) != crc:
