@@ -6,21 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from sdmerge.arguments import limit_of, path_of
 from sdmerge.errors import RequestError
 from sdmerge.execute import Report, execute
 from sdmerge.options import OptionFields, Options
 from sdmerge.recipe import Addition, Input, Model, Recipe
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping, Sequence
 
+    from sdmerge.arguments import PathLike
     from sdmerge.blocks import Weights
-    from sdmerge.lora.budget import Limit
     from sdmerge.lora.combine import How
     from sdmerge.lora.extract import Conv
-
-    PathLike = str | os.PathLike[str]
 
 __all__ = ["bake", "extract_lora", "merge_lora", "resize_lora"]
 
@@ -106,19 +104,19 @@ def extract_lora(
     from sdmerge.lora.extract import Extraction, extract
 
     bounded = any(one is not None for one in (rank, size, energy, error))
-    first = (Path(output), _limit(rank if bounded else _RANK, size, energy, error))
+    first = (Path(output), limit_of(rank if bounded else _RANK, size, energy, error))
     wanted = Extraction(
         tuned=Path(tuned),
         base=Path(base),
-        outputs=(first, *((Path(path), _limit(size=wanted)) for path, wanted in (also or {}).items())),
+        outputs=(first, *((Path(path), limit_of(size=wanted)) for path, wanted in (also or {}).items())),
         conv_rank=conv_rank,
         conv=conv,
         to=to,
         tolerance=tolerance,
         text_encoders=text_encoders,
         clamp=clamp,
-        report=_path(report),
-        plot=_path(plot),
+        report=path_of(report),
+        plot=path_of(plot),
     )
     return extract(wanted, Options(**options))
 
@@ -162,11 +160,11 @@ def resize_lora(
     wanted = Combination(
         inputs=((Path(source), 1.0),),
         how="svd",
-        limit=_limit(rank, size, energy, error),
+        limit=limit_of(rank, size, energy, error),
         to=to,
-        report=_path(report),
-        plot=_path(plot),
-        adapter_config=_path(adapter_config),
+        report=path_of(report),
+        plot=path_of(plot),
+        adapter_config=path_of(adapter_config),
         resizes=True,
     )
     return combine(wanted, Path(output), Options(**options))
@@ -209,23 +207,10 @@ def merge_lora(
     wanted = Combination(
         inputs=tuple((Path(path), float(strength)) for path, strength in pairs),
         how=method,
-        limit=_limit(rank, size, energy, error),
+        limit=limit_of(rank, size, energy, error),
         parameters=parameters or {},
         to=to,
-        report=_path(report),
-        plot=_path(plot),
+        report=path_of(report),
+        plot=path_of(plot),
     )
     return combine(wanted, Path(output), Options(**options))
-
-
-def _limit(
-    rank: int | None = None, size: int | str | None = None, energy: float | None = None, error: float | None = None
-) -> Limit:
-    from sdmerge.lora.budget import Limit
-    from sdmerge.sizes import parse_size
-
-    return Limit(rank=rank, size=None if size is None else parse_size(size), energy=energy, error=error)
-
-
-def _path(given: PathLike | None) -> Path | None:
-    return None if given is None else Path(given)

@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from sdmerge.arguments import path_of
 from sdmerge.errors import RequestError
 from sdmerge.execute import Report, execute
 from sdmerge.options import OptionFields, Options
@@ -13,13 +14,11 @@ from sdmerge.recipe import LABELS, Input, Merge, Model, Recipe
 from sdmerge.sizes import parse_size
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping, Sequence
 
+    from sdmerge.arguments import PathLike
     from sdmerge.blocks import Weights
     from sdmerge.options import Form, Only, Prediction
-
-    PathLike = str | os.PathLike[str]
 
 __all__ = [
     "Report",
@@ -228,15 +227,15 @@ def convert(
         to=to,
         form=form,
         allow_loss=allow_loss,
-        adapter_config=None if adapter_config is None else Path(adapter_config),
-        base=None if base is None else Path(base),
+        adapter_config=path_of(adapter_config),
+        base=path_of(base),
         token=token,
         for_family=for_family,
-        preview=None if preview is None else Path(preview),
+        preview=path_of(preview),
         only=only,
-        shard_size=None if shard_size is None else parse_size(shard_size),
+        shard_size=parse_size(shard_size),
         prediction=prediction,
-        tokenizer=None if tokenizer is None else Path(tokenizer),
+        tokenizer=path_of(tokenizer),
     )
     return convert_file(Path(source), Path(output), conversion, Options(**options))
 
@@ -284,9 +283,9 @@ def join(
 
     conversion = Conversion(
         to=to,
-        shard_size=None if shard_size is None else parse_size(shard_size),
+        shard_size=parse_size(shard_size),
         prediction=prediction,
-        tokenizer=None if tokenizer is None else Path(tokenizer),
+        tokenizer=path_of(tokenizer),
     )
     return join_parts([str(part) for part in parts], Path(output), conversion, Options(**options))
 

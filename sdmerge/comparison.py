@@ -22,11 +22,11 @@ from sdmerge.policy import EMA, Notes, View, check_together
 from sdmerge.respelling import view_alike
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from sdformats.tensor import Spec
+    from sdmerge.arguments import PathLike
     from sdmerge.blocks import Table
 
     Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -161,8 +161,8 @@ class Difference:
 
 
 def diff(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: PathLike,
+    b: PathLike,
     *,
     ema: bool = False,
     threads: int | None = None,

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from sdmerge.arguments import limit_of, path_of
 from sdmerge.options import OptionFields, Options
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Sequence
 
+    from sdmerge.arguments import PathLike
     from sdmerge.execute import Report
-
-    PathLike = str | os.PathLike[str]
 
 __all__ = ["compress_custom", "merge_custom"]
 
@@ -45,13 +44,10 @@ def compress_custom(
         sdmerge.errors.SdmergeError: the request cannot be fulfilled.
     """
     from sdmerge.custom.compress import Compression, compress
-    from sdmerge.lora.budget import Limit
-    from sdmerge.sizes import parse_size
 
-    limit = Limit(rank=rank, size=None if size is None else parse_size(size), energy=energy, error=error)
-    return compress(
-        Compression(delta=Path(delta), base=Path(base), limit=limit, to=to), Path(output), Options(**options)
-    )
+    limit = limit_of(rank, size, energy, error)
+    wanted = Compression(delta=Path(delta), base=Path(base), limit=limit, to=to)
+    return compress(wanted, Path(output), Options(**options))
 
 
 def merge_custom(
@@ -84,7 +80,12 @@ def merge_custom(
     """
     from sdmerge.custom.concepts import Concepts, merge_concepts
 
-    given = {"captions": captions, "model_config": model_config, "tokenizer": tokenizer}
-    paths = {name: None if path is None else Path(path) for name, path in given.items()}
-    wanted = Concepts(deltas=tuple((Path(path), name) for path, name in deltas), base=Path(base), to=to, **paths)
+    wanted = Concepts(
+        deltas=tuple((Path(path), name) for path, name in deltas),
+        base=Path(base),
+        captions=path_of(captions),
+        to=to,
+        model_config=path_of(model_config),
+        tokenizer=path_of(tokenizer),
+    )
     return merge_concepts(wanted, Path(output), Options(**options))

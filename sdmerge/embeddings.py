@@ -9,13 +9,11 @@ from sdmerge.errors import RequestError
 from sdmerge.options import OptionFields, Options
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Sequence
 
+    from sdmerge.arguments import PathLike
     from sdmerge.embedding.write import Wanted
     from sdmerge.execute import Report
-
-    PathLike = str | os.PathLike[str]
 
 __all__ = ["bundle_embeddings", "extract_embeddings", "mix_embeddings", "slice_embedding",
            "stack_embeddings"]  # fmt: skip

@@ -11,14 +11,13 @@ from sdformats.layout import component_of, detect
 from sdmerge.details import adapter_details, details
 
 if TYPE_CHECKING:
-    import os
-
     from sdformats.layout import Detection
     from sdformats.tensor import TensorSource
+    from sdmerge.arguments import PathLike
 
 
 def inspect_path(
-    path: str | os.PathLike[str], *, family: str | None = None, kind: str | None = None, tensors: bool = False
+    path: PathLike, *, family: str | None = None, kind: str | None = None, tensors: bool = False
 ) -> dict[str, Any]:
     """Say what a model file is and holds. Reads headers only, however large the file.
 

@@ -23,10 +23,10 @@ from sdmerge.plan import plan_merge
 from sdmerge.provenance import fingerprint
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Mapping, Sequence
 
     from sdformats.tensor import TensorSource
+    from sdmerge.arguments import PathLike
     from sdmerge.recipe import Recipe
 
 _MODEL_NAMES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -61,9 +61,7 @@ class Verdict:
         return not (self.different or self.missing or self.extra)
 
 
-def verify(
-    path: str | os.PathLike[str], *, inputs: str | os.PathLike[str] | None = None, **options: Unpack[OptionFields]
-) -> Verdict:
+def verify(path: PathLike, *, inputs: PathLike | None = None, **options: Unpack[OptionFields]) -> Verdict:
     """Derive the tensors of a merge again and compare them.
 
     Args:
