@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,12 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # a job in a shell's background inherits this, and so would children
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if importlib.util.find_spec("hypothesis"):  # where the conformance tests run there is none
+    from hypothesis import settings
+
+    settings.register_profile("untimed", deadline=None)  # no test asserts a timing
+    settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

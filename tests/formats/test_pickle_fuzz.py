@@ -130,9 +130,7 @@ def check_attempt(path: Path, data: bytes) -> None:
     compare_with_torch(path, found)
 
 
-FUZZ = settings(
-    max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+FUZZ = settings(max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def test_the_originals_are_read(tmp_path: Path) -> None:

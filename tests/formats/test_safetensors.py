@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-PROPERTY = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 NAMES = TEXTS.filter(lambda name: name != "__metadata__")
 TORCH = {

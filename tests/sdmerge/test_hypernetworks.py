@@ -65,7 +65,7 @@ choices = structures.flatmap(
 
 
 class TestConversion:
-    @settings(deadline=None, max_examples=50)
+    @settings(max_examples=50)
     @given(choices)
     def test_a1111_to_safetensors_and_back(
         self, tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, Any]

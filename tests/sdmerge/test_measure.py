@@ -82,7 +82,7 @@ def test_the_numbers_do_not_depend_on_threads(tmp_path: Path) -> None:
 bits = st.lists(st.integers(0, 0xFFFF), min_size=1, max_size=40)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(a=bits, b=bits)
 def test_any_bits(tmp_path_factory: pytest.TempPathFactory, a: list[int], b: list[int]) -> None:
     count = min(len(a), len(b))

@@ -44,7 +44,7 @@ def texts(path: Path) -> Mapping[str, str]:
 
 
 class TestAesthetic:
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(st.sampled_from([768, 1024, 1280]), st.booleans(), st.sampled_from(TYPES), st.integers(0, 2**32))
     def test_there_and_back(
         self, tmp_path_factory: pytest.TempPathFactory, width: int, flat: bool, dtype: torch.dtype, seed: int

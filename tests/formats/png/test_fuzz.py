@@ -29,7 +29,7 @@ ANYTHING = st.recursive(
     ),
     max_leaves=12,
 )
-SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 
 
 def sizes(path: Path, data: bytes) -> list[tuple[int, int]]:

@@ -32,7 +32,7 @@ def write(path: Path, values: np.ndarray[Any, Any], dtype: DType = DType.F32, he
     return path
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(st.integers(1, 5).flatmap(lambda n: arrays(np.float32, (n, 24), elements=st.floats(width=32, allow_nan=False))))
 def test_what_is_written(tmp_path: Path, values: np.ndarray[Any, Any]) -> None:
     path = write(tmp_path / "e.png", values, overwrite=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 REAL = Path(__file__).resolve().parents[3].parent / "shared" / "real" / "083_a1111-test_embedding.png"
-SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def vectors(count: int = 3, width: int = 8) -> np.ndarray[Any, Any]:

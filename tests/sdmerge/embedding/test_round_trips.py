@@ -47,7 +47,7 @@ def target(folder: Path, layout: EmbeddingLayout, container: str) -> Path:
     return folder / f"{next(NUMBER)}-{layout.name}{suffix}"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(st.data())
 def test_there_and_back(tmp_path: Path, data: st.DataObject) -> None:
     first, first_container = data.draw(st.sampled_from(WRITTEN), "first layout")

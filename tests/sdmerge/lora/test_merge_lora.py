@@ -40,7 +40,7 @@ def check(out: Path, inputs: list[tuple[Path, float]], tolerance: float = 1e-6) 
         assert relative(found[module], change) < tolerance
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.tuples(

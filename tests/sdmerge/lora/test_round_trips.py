@@ -66,7 +66,7 @@ def test_every_layout_that_writes_is_tried() -> None:
 
 
 @pytest.mark.parametrize(("layout", "family"), cases(WRITTEN))
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, derandomize=True, database=None)
 @given(data=st.data())
 def test_an_adapter_comes_back(layout: AdapterLayout, family: str, data: st.DataObject) -> None:
     adapter = data.draw(adapters(layout, family))
@@ -124,7 +124,7 @@ def fused(draw: Any, layout: AdapterLayout, family: str) -> Adapter:
 
 
 @pytest.mark.parametrize(("layout", "family"), cases(FUSED))
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30, derandomize=True, database=None)
 @given(data=st.data())
 def test_parts_of_fused_modules_come_back(layout: AdapterLayout, family: str, data: st.DataObject) -> None:
     adapter = data.draw(fused(layout, family))
