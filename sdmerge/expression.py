@@ -32,15 +32,24 @@ class Expression(Protocol):
         """Compute it from the step's reads: whole, or the same block of each, which begins at element `start`."""
 
 
-class AddTile(Protocol):
-    """Adds to a tile of a matrix what belongs there."""
+class Change(Protocol):
+    """What is added to a matrix, made piece by piece."""
 
     @property
     def whole_rows(self) -> bool:
         """Whether tiles must be as wide as the matrix."""
 
-    def __call__(self, tile: Tensor, row: int, column: int, *, fresh: bool = False) -> None:
-        """Add to `tile`, whose first element is at `row` and `column`; to zeros instead of what it holds where it is `fresh`."""
+    def fill(self, tile: Tensor, row: int, column: int) -> None:
+        """Write the change itself to `tile`, whose first element is at `row` and `column`."""
+
+    def add(self, stored: Tensor, out: Tensor, row: int) -> bool | None:
+        """Round whole rows with their change to `out`, in one pass; return whether all is finite.
+
+        None: there is no such pass for them, and nothing is done.
+
+        Args:
+            stored: the rows, from `row` on, as they were read.
+        """
 
 
 @runtime_checkable
@@ -54,8 +63,8 @@ class InTiles(Protocol):
     def light(self) -> bool:
         """Whether nothing of that tensor's size is made beside it."""
 
-    def prepare(self, tensors: Sequence[Tensor]) -> AddTile:
-        """Return what adds to a tile, given the step's reads as stored."""
+    def prepare(self, tensors: Sequence[Tensor]) -> Change:
+        """Return what is added, given the step's reads as stored."""
 
 
 @dataclass(frozen=True, slots=True)

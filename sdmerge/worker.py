@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from sdformats.tensor import TensorSink
     from sdkernels.linear import Term
+    from sdmerge.expression import Change
     from sdmerge.run import Job
     from sdmerge.step import Read, Step
 
@@ -31,6 +32,10 @@ RUN = 1 << 20
 """Elements that a thread takes at a time: some blocks of either size."""
 WIDEST = 8
 """Bytes of the widest element."""
+BAND = 1 << 20
+"""Elements of the rows of a matrix that are read, changed and written at a time."""
+LEAST_ROWS = 128
+"""The fewest such rows, where there are as many: factors are gone through once for all of them."""
 TILE = 1 << 12
 """Most columns of a tile of a matrix that is added to."""
 TILE_SIZE = 1 << 19
@@ -248,26 +253,36 @@ class Worker:
             self._emit(this, [value[start : start + BLOCK] for value in flat], start)
 
     def _in_tiles(self, target: Target, compute: InTiles, values: list[Tensor]) -> None:
-        """Make one tile of the change after the other, and add it to what is stored while it is in the cache."""
+        """Add its change to what is stored, some rows at a time: in one pass where there is one, else tile by tile."""
         weight = values[compute.index]
-        add = compute.prepare(values)
+        change = compute.prepare(values)
         flat = weight.reshape(weight.shape[0], -1)
-        wide, dtype = cast.accumulator(weight.dtype), TORCH[target.step.spec.dtype]
+        height, width, dtype = *flat.shape, TORCH[target.step.spec.dtype]
         step = replace(target.step, reads=(target.step.reads[compute.index],))
+        rows = max(1, min(max(LEAST_ROWS, BAND // max(1, width)), height))
+        memory = self._scratch("band", rows * width, dtype)
+        for row in range(0, height if flat.numel() else 0, rows):
+            stored = self._band(step.reads[0], flat[row : row + rows], row * width)
+            out = memory[: stored.numel()].view(stored.shape)
+            if self._rounding is not None or not change.add(stored, out, row):
+                self._fill_band(step, change, stored, out, row)
+            target.sink.write(step.name, row * width * dtype.itemsize, as_bytes(out))
+
+    def _fill_band(self, step: Step, change: Change, stored: Tensor, out: Tensor, row: int) -> None:
+        """Make one tile of the change after the other, and add it to what is stored while it is in the cache."""
+        height, width = stored.shape
         # Random numbers are drawn in the order of the elements, which whole rows are in.
-        whole_rows = add.whole_rows or self._rounding is not None
-        columns = flat.shape[1] if whole_rows else min(TILE, flat.shape[1])
-        rows = max(1, min(TILE_SIZE // max(1, columns), flat.shape[0]))
-        tiles, bands = self._scratch("tile", rows * columns, wide), self._scratch("band", rows * flat.shape[1], dtype)
-        for row in range(0, flat.shape[0] if flat.numel() else 0, rows):
-            stored = self._band(step.reads[0], flat[row : row + rows], row * flat.shape[1])
-            out = bands[: stored.numel()].view(stored.shape)
-            for column in range(0, flat.shape[1], columns):
-                part = stored[:, column : column + columns]
-                change = tiles[: part.numel()].view(part.shape)
-                add(change, row, column, fresh=True)
-                self._end_tile(step, part, change, out[:, column : column + columns], row * flat.shape[1] + column)
-            target.sink.write(step.name, row * flat.shape[1] * dtype.itemsize, as_bytes(out))
+        whole_rows = change.whole_rows or self._rounding is not None
+        columns = width if whole_rows else min(TILE, width)
+        rows = max(1, min(TILE_SIZE // columns, height))
+        tiles = self._scratch("tile", rows * columns, cast.accumulator(stored.dtype))
+        for top in range(0, height, rows):
+            for left in range(0, width, columns):
+                part = stored[top : top + rows, left : left + columns]
+                tile = tiles[: part.numel()].view(part.shape)
+                change.fill(tile, row + top, left)
+                place = out[top : top + rows, left : left + columns]
+                self._end_tile(step, part, tile, place, (row + top) * width + left)
 
     def _band(self, read: Read, band: Tensor, start: int) -> Tensor:
         """Return rows of a matrix, from element `start` on: as they are, or read now where they are not in memory."""

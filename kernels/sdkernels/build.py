@@ -1,4 +1,4 @@
-"""Compile native.c, where there is a compiler for it: when the package is built, or by ``python -m sdkernels.build``.
+"""Compile the C files, where there is a compiler for it: when the package is built, or by ``python -m sdkernels.build``.
 
 The library is named for what its source says, so that one made from another version is never loaded, and is no Python
 extension: any Python loads it.
@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("native.c")
+FOLDER = Path(__file__).parent
 _MACHINES = ("x86_64", "amd64")
 _FLAGS = (
     *("-std=gnu11", "-O3", "-shared", "-fPIC"),
@@ -24,8 +24,10 @@ _FLAGS = (
 
 def library(folder: Path | None = None) -> Path:
     """Return where the library is, or would be: in `folder`, or beside the source."""
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
-    return (folder or SOURCE.parent) / f"native-{digest}.so"
+    digest = hashlib.sha256()
+    for source in sorted(FOLDER.glob("*.[ch]")):
+        digest.update(source.read_bytes())
+    return (folder or FOLDER) / f"native-{digest.hexdigest()[:12]}.so"
 
 
 def build(folder: Path | None = None) -> Path | None:
@@ -40,7 +42,8 @@ def build(folder: Path | None = None) -> Path | None:
         return None
     made = target.with_suffix(f".{os.getpid()}")
     try:
-        subprocess.run([*compiler, *_FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True)
+        sources = map(str, sorted(FOLDER.glob("*.c")))
+        subprocess.run([*compiler, *_FLAGS, *sources, "-o", str(made)], check=True, capture_output=True)
         made.replace(target)  # whole or not at all: someone may be loading it
     except (OSError, subprocess.CalledProcessError):
         made.unlink(missing_ok=True)

@@ -9,44 +9,20 @@
  * It needs AVX2, FMA and F16C (Intel since 2013, AMD since 2015); native.py asks torch whether they are there. Nothing here
  * allocates, or reads or writes outside of the matrices.
  */
+#include "native.h"
+
 #include <errno.h>
-#include <immintrin.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
 #include <unistd.h>
 
-typedef enum { FLOAT16, BFLOAT16, FLOAT32, MIXED } Type;
-static const size_t SIZE[] = {2, 2, 4};
 /* The first magnitude that rounds to infinity, as the bits of a float32; those of NaN are larger, all others smaller. */
 static const int32_t TOO_LARGE[] = {0x477ff000, 0x7f7f8000, 0x7f800000};
 
-/* Rows of contiguous elements, `stride` elements apart: 0 where one row's memory serves for all. A vector is one row. */
-typedef struct {
-    char *data;
-    int64_t stride;
-    int64_t type;
-} Matrix;
-
-/* weight · x, or weight · (x − y) where y has data. */
-typedef struct {
-    double weight;
-    Matrix x, y;
-} Term;
-
-enum { LANES = 8, VECTORS = 4, GROUP = LANES * VECTORS };
+enum { VECTORS = 4, GROUP = LANES * VECTORS };
 typedef struct {
     __m256 v[VECTORS];
 } Group; /* 32 numbers in four registers */
 
-#define INLINE static inline __attribute__((always_inline))
 #define EACH(i) for (int i = 0; i < VECTORS; i++)
-
-static char *place(const Matrix *matrix, size_t row, size_t column) {
-    return matrix->data + (row * matrix->stride + column) * SIZE[matrix->type];
-}
-
-INLINE __m128i load_16_bits(const char *at) { return _mm_loadu_si128((const __m128i *)at); }
 
 /* Widen a group, or the `count` elements that are left of a row. Where `type` is MIXED, the matrix's own counts. */
 INLINE Group load(const Matrix *matrix, size_t row, size_t column, size_t count, Type type) {
@@ -58,14 +34,9 @@ INLINE Group load(const Matrix *matrix, size_t row, size_t column, size_t count,
     }
     Group to;
     switch (type == MIXED ? (Type)matrix->type : type) {
-        case FLOAT16: EACH(i) to.v[i] = _mm256_cvtph_ps(load_16_bits(at + 2 * LANES * i)); break;
-        case BFLOAT16:
-            EACH(i) {
-                const __m256i wide = _mm256_cvtepu16_epi32(load_16_bits(at + 2 * LANES * i));
-                to.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-            }
-            break;
-        default: EACH(i) to.v[i] = _mm256_loadu_ps((const float *)at + LANES * i);
+        case FLOAT16: EACH(i) to.v[i] = widen(at + 2 * LANES * i, FLOAT16); break;
+        case BFLOAT16: EACH(i) to.v[i] = widen(at + 2 * LANES * i, BFLOAT16); break;
+        default: EACH(i) to.v[i] = widen(at + 4 * LANES * i, FLOAT32);
     }
     return to;
 }
@@ -138,20 +109,12 @@ INLINE int combine_row(const Term *terms, size_t length, const Matrix *out, size
     return _mm256_testz_si256(bad, bad);
 }
 
-/* A sum of `length` terms (one or more), and whether all of it is finite so far. */
-typedef struct {
-    const Term *terms;
-    size_t length;
-    Matrix out;
-    int64_t finite;
-} Sum;
-
 /* The type that both of a term's matrices have, or MIXED. */
 static Type type_of(const Term *term) {
     return !term->y.data || term->y.type == term->x.type ? (Type)term->x.type : MIXED;
 }
 
-static void add_up(Sum *to, size_t row, size_t columns) {
+void sdkernels_add_up(Sum *to, size_t row, size_t columns) {
     const Term *const end = to->terms + to->length;
     Type others = to->length > 1 ? type_of(to->terms + 1) : type_of(to->terms);
     for (const Term *term = to->terms + 1; term < end; term++)
@@ -195,7 +158,7 @@ int sdkernels_combine(Sum *sums, size_t many, const Part *parts, size_t files, s
         const size_t here = left < columns ? left : columns;
         for (const Part *part = parts; part < parts + files; part++)
             if (!read_row(part, row, part->size / columns * here)) return 0;
-        for (size_t i = 0; i < many; i++) add_up(sums + i, row, here);
+        for (size_t i = 0; i < many; i++) sdkernels_add_up(sums + i, row, here);
         left -= here;
     }
     return 1;

@@ -48,6 +48,13 @@ class Library:
         self.combine.argtypes = (data, size, ctypes.c_char_p, size, size, size)
         self.finite = functions.sdkernels_finite
         self.finite.argtypes = (data, size, ctypes.c_int64)
+        packed, choice = ctypes.c_char_p, ctypes.c_int
+        self.pack_up = functions.sdkernels_pack_up
+        self.pack_up.argtypes = (packed, size, size, ctypes.c_double, data, size, size, choice)
+        self.pack_down = functions.sdkernels_pack_down
+        self.pack_down.argtypes = (packed, size, size, data, size, size, choice)
+        self.add_product = functions.sdkernels_add_product
+        self.add_product.argtypes = (packed, size, size, packed, packed, choice)
 
 
 def _load() -> Library | None:
@@ -97,9 +104,9 @@ class Sums:
         self._held: list[object] = [sums]
         packed = b""
         for terms, out in sums:
-            data = b"".join(_WEIGHT.pack(w) + _matrix(x) + (_matrix(y[0]) if y else _NONE) for w, x, *y in terms)
+            data = b"".join(_WEIGHT.pack(w) + matrix(x) + (matrix(y[0]) if y else _NONE) for w, x, *y in terms)
             self._held.append(memory := ctypes.create_string_buffer(data, len(data)))
-            packed += _SUM.pack(ctypes.addressof(memory), len(terms)) + _matrix(out) + _FINITE.pack(0)
+            packed += _SUM.pack(ctypes.addressof(memory), len(terms)) + matrix(out) + _FINITE.pack(0)
         self._sums = ctypes.create_string_buffer(packed, len(packed))
 
     def __call__(self, count: int, parts: Sequence[FilePart] = ()) -> list[bool] | None:
@@ -161,5 +168,6 @@ def _rows_and_columns(tensors: list[Tensor]) -> tuple[int, int] | None:
     return None
 
 
-def _matrix(x: Tensor) -> bytes:
+def matrix(x: Tensor) -> bytes:
+    """Return a tensor as the library knows it: where rows begin, and of which type they are."""
     return _MATRIX.pack(x.data_ptr(), x.stride(0) if x.dim() == 2 else 0, _TYPES[x.dtype])

@@ -7,7 +7,7 @@ makes its whole difference: ranks of all adapters are put side by side, and rows
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING
@@ -18,7 +18,8 @@ from sdformats.adapters import fused
 from sdformats.adapters.reading import listed
 from sdformats.adapters.records import Full, LoHa, LoKr, LoRA, Norm, Rows
 from sdformats.views import Stored
-from sdkernels import cast, linear
+from sdkernels import cast, linear, native
+from sdkernels.product import product
 from sdmerge.errors import FamilyError, MismatchError, RequestError
 from sdmerge.hypernetworks import with_folds
 from sdmerge.lora.algebra import as_lora
@@ -26,7 +27,7 @@ from sdmerge.lora.delta import delta, factors, needs_weight
 from sdmerge.lora.places import Places
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
     from sdformats.hypernetwork import Hypernetwork
     from sdformats.tensor import TensorSource
     from sdformats.views import Ref
+    from sdkernels.product import Product, Scaled
     from sdmerge.blocks import Weights
-    from sdmerge.expression import AddTile
+    from sdmerge.expression import Change
     from sdmerge.lora.places import Place
 
     StrengthOf = Callable[[str], float]
@@ -203,13 +205,13 @@ class Baked:
 
     def __call__(self, tensors: Sequence[Tensor], _start: int) -> Tensor:
         """Compute the whole tensor."""
-        weight = tensors[self.index]
-        result = weight.to(cast.accumulator(weight.dtype), copy=True).reshape(weight.shape[0], -1)
-        self.prepare(tensors)(result, 0, 0)
-        return result.reshape(weight.shape)
+        weight = tensors[self.index].to(cast.accumulator(tensors[self.index].dtype))
+        change = torch.empty_like(weight).reshape(weight.shape[0], -1)
+        self.prepare(tensors).fill(change, 0, 0)
+        return change.reshape(weight.shape).add_(weight)
 
-    def prepare(self, tensors: Sequence[Tensor]) -> AddTile:
-        """Return what adds to a tile; see `sdmerge.expression.InTiles`."""
+    def prepare(self, tensors: Sequence[Tensor]) -> Change:
+        """Return what is added; see `sdmerge.expression.InTiles`."""
         weight = tensors[self.index]
         wide = cast.accumulator(weight.dtype)
         read = {stored: tensors[index] for stored, index in self.stored}
@@ -217,32 +219,96 @@ class Baked:
         def get(ref: Ref) -> Tensor:
             return torch.as_tensor(ref.evaluate(lambda one: read[one].to(wide), torch)).to(wide)
 
+        def factor(ref: Ref) -> Tensor:
+            """What takes no arithmetic stays as it is stored: it is widened when it is put beside others."""
+            return (read[ref] if isinstance(ref, Stored) else get(ref)).flatten(1)
+
         dense = [one for one in self.added if not (one.thin or in_rows(one))]
-
-        def get_stored(ref: Ref) -> Tensor:
-            return read[ref] if isinstance(ref, Stored) and wide == torch.float32 else get(ref)
-
-        adders = [*_products([one for one in self.added if one.thin], get_stored, wide), *_others(self.added, get)]
         used = weight.to(wide) if any(needs_weight(one.record) for one in dense) else None
         total = _dense(dense, get, used, weight.shape)
-        kronecker = any(isinstance(one.record, LoKr) for one in self.added if in_rows(one))
-        return _Sum(tuple(adders), None if total is None else total.reshape(weight.shape[0], -1), kronecker)
+        return _Changes(
+            tuple(_products([one for one in self.added if one.thin], factor, wide)),
+            tuple(_others(self.added, get)),
+            None if total is None else total.reshape(weight.shape[0], -1),
+            any(isinstance(one.record, LoKr) for one in self.added if in_rows(one)),
+        )
+
+
+_Adder = tuple[int, int, "Callable[[Tensor, slice, slice, bool], object]"]
+"""First row, the one after the last, and a function that adds some rows (of its own) and columns to a matrix, or fills it."""
 
 
 @dataclass(frozen=True)
-class _Sum:
-    """What adds all changes to a tile."""
+class _Products:
+    """LoRAs on the same rows, as one product: their ranks side by side.
 
-    adders: tuple[_Adder, ...]
+    Attributes:
+        first, last: the first row, and the one after the last.
+        factors: scale, up and down of each.
+        wide: the type to multiply in.
+    """
+
+    first: int
+    last: int
+    factors: list[Scaled]
+    wide: torch.dtype
+
+    @cached_property
+    def packed(self) -> Product | None:
+        """The product as native code takes it; None where there is none for it."""
+        return product(self.factors) if self.wide == torch.float32 else None
+
+    @cached_property
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        """All ups, times their scales, and all downs: widened, scaled and placed in one pass."""
+        _, first_up, first_down = self.factors[0]
+        rank = sum(up.shape[1] for _, up, _ in self.factors)
+        joined_up = first_up.new_empty((first_up.shape[0], rank), dtype=self.wide)
+        joined_down = first_down.new_empty((rank, first_down.shape[1]), dtype=self.wide)
+        start = 0
+        for scale, up, down in self.factors:
+            ranks = slice(start, start := start + up.shape[1])
+            linear.combine([(scale, up)], joined_up[:, ranks])
+            linear.combine([(1.0, down)], joined_down[ranks])
+        return joined_up, joined_down
+
+    def add(self, tile: Tensor, rows: slice, columns: slice, fresh: bool) -> None:
+        """See `_Adder`."""
+        up, down = self._joined
+        tile.addmm_(up[rows], down[:, columns], beta=0 if fresh else 1)
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """All that is added to one matrix; see `sdmerge.expression.Change`."""
+
+    products: tuple[_Products, ...]
+    others: tuple[_Adder, ...]
     total: Tensor | None
     whole_rows: bool
 
-    def __call__(self, tile: Tensor, row: int, column: int, *, fresh: bool = False) -> None:
-        """See `sdmerge.expression.AddTile`."""
+    @cached_property
+    def _adders(self) -> list[_Adder]:
+        return [*((one.first, one.last, one.add) for one in self.products), *self.others]
+
+    @cached_property
+    def _packed(self) -> list[tuple[int, int, Product]] | None:
+        """The products, from the first row to the last; None where native code cannot make all that is added, or not at once."""
+        if self.others or self.total is not None:
+            return None
+        found: list[tuple[int, int, Product]] = []
+        for one in sorted(self.products, key=lambda one: one.first):
+            if one.packed is None or (found and one.first < found[-1][1]):
+                return None
+            found.append((one.first, one.last, one.packed))
+        return found
+
+    def fill(self, tile: Tensor, row: int, column: int) -> None:
+        """See `Change`."""
         bottom, right = row + tile.shape[0], column + tile.shape[1]
-        found = [one for one in self.adders if max(one[0], row) < min(one[1], bottom)]
-        fills = fresh and bool(found) and found[0][0] <= row and bottom <= found[0][1]
-        if fresh and not fills:
+        found = [one for one in self._adders if max(one[0], row) < min(one[1], bottom)]
+        fills = bool(found) and found[0][0] <= row and bottom <= found[0][1]
+        if not fills:
             tile.zero_()
         for number, (first, last, add) in enumerate(found):
             low, high = max(first, row), min(last, bottom)
@@ -251,9 +317,24 @@ class _Sum:
         if self.total is not None:
             tile += self.total[row:bottom, column:right]
 
+    def add(self, stored: Tensor, out: Tensor, row: int) -> bool | None:
+        """See `Change`."""
+        bottom = row + stored.shape[0]
+        if self._packed is None or not (native.serves(stored.dtype) and native.serves(out.dtype)):
+            return None
+        fine, at = True, row
+        for first, last, packed in self._packed:
+            low, high = max(first, row), min(last, bottom)
+            if low >= high:
+                continue
+            fine &= _unchanged(stored[at - row : low - row], out[at - row : low - row])
+            fine &= packed.add(stored[low - row : high - row], out[low - row : high - row], low - first)
+            at = high
+        return fine & _unchanged(stored[at - row :], out[at - row :])
 
-_Adder = tuple[int, int, "Callable[[Tensor, slice, slice, bool], object]"]
-"""First row, the one after the last, and a function that adds some rows (of its own) and columns to a matrix, or fills it."""
+
+def _unchanged(stored: Tensor, out: Tensor) -> bool:
+    return not stored.numel() or bool(native.combine_into([(1.0, stored)], out))
 
 
 def in_rows(one: Contribution) -> bool:
@@ -267,33 +348,18 @@ def _has_core(record: LoHa | LoKr) -> bool:
     return (record.t1 if isinstance(record, LoHa) else record.t2) is not None
 
 
-def _products(thin: Sequence[Contribution], get: Callable[[Ref], Tensor], wide: torch.dtype) -> list[_Adder]:
-    """Put the ranks of all LoRAs on the same rows side by side, scales in the up: widened, scaled and placed in one pass."""
-    by_rows: dict[tuple[tuple[int, int], bool], list[tuple[float, Tensor, Tensor]]] = {}
+def _products(thin: Sequence[Contribution], factor: Callable[[Ref], Tensor], wide: torch.dtype) -> Iterator[_Products]:
+    """Put all LoRAs on the same rows together."""
+    by_rows: dict[tuple[int, int], list[Scaled]] = {}
     for one in thin:
         record = as_lora("", one.record)  # a mid goes into the down
-        factors = get(record.up).flatten(1), get(record.down).flatten(1)
-        by_rows.setdefault((one.rows, one.transposed), []).append((record.scale * one.strength, *factors))
-    found: list[_Adder] = []
-    for (rows, transposed), products in by_rows.items():
-        _, first_up, first_down = products[0]
-        rank = sum(up.shape[1] for _, up, _ in products)
-        up = first_up.new_empty((first_up.shape[0], rank), dtype=wide)
-        down = first_down.new_empty((rank, first_down.shape[1]), dtype=wide)
-        start = 0
-        for scale, its_up, its_down in products:
-            ranks = slice(start, start := start + its_up.shape[1])
-            linear.combine([(scale, its_up)], up[:, ranks])
-            linear.combine([(1.0, its_down)], down[ranks])
-        if transposed:
-            found.append((0, down.shape[1], partial(_add_product, up=down.T.contiguous(), down=up.T.contiguous())))
-        else:
-            found.append((*rows, partial(_add_product, up=up, down=down)))
-    return found
-
-
-def _add_product(tile: Tensor, rows: slice, columns: slice, fresh: bool, *, up: Tensor, down: Tensor) -> None:
-    tile.addmm_(up[rows], down[:, columns], beta=0 if fresh else 1)
+        up, down = factor(record.up), factor(record.down)
+        rows = one.rows
+        if one.transposed:
+            up, down, rows = down.T.contiguous(), up.T.contiguous(), (0, down.shape[1])
+        by_rows.setdefault(rows, []).append((record.scale * one.strength, up, down))
+    for rows, scaled in by_rows.items():
+        yield _Products(*rows, scaled, wide)
 
 
 def _others(added: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> list[_Adder]:
