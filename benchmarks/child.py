@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     Call = Callable[[], object]
 
 GEMM = 4096
-_PARTS = {"bake": ("sdmerge.lora.bake",), "convert": ("sdmerge.conversion",), "extract": ("sdmerge.lora.extract",)}
+_PARTS = {
+    "bake": ("sdmerge.lora.bake", "sdformats.adapters.layouts"),
+    "convert": ("sdmerge.conversion",),
+    "extract": ("sdmerge.lora.extract",),
+}
 """What a call would import when it is first made."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -52,12 +51,7 @@ def bake(
     inputs = {"A": Input(Path(model))} | {f"L{i}": Input(path) for i, (path, _) in enumerate(pairs, 1)}
     additions = tuple(Addition(f"L{i}", strength) for i, (_, strength) in enumerate(pairs, 1))
     recipe = Recipe(Model("A", additions), inputs)
-    chosen = Options(**options)
-    report = execute([recipe], [Path(output)], chosen)[0]
-    from sdmerge.lora.words import write_words
-
-    words = write_words([path for path, _ in pairs], Path(output), chosen)
-    return replace(report, notes=(*report.notes, *words))
+    return execute([recipe], [Path(output)], Options(**options))[0]
 
 
 def extract_lora(

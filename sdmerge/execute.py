@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from sdformats.hypernetwork import Hypernetwork
     from sdformats.layout import Detection
     from sdformats.tensor import Spec, TensorSink, TensorSource
+    from sdmerge.lora.words import Word
     from sdmerge.options import Options
     from sdmerge.recipe import Recipe
     from sdmerge.step import Plan
 
     Opened = tuple[TensorSource, Detection]
+    Adapters = Mapping[str, tuple[TensorSource, Adapter | Hypernetwork]]
     MakeSink = Callable[[Path, Mapping[str, Spec], Mapping[str, str]], TensorSink]
 
 FILE_ENDINGS = (".safetensors", *TORCH_SUFFIXES)
@@ -78,9 +80,14 @@ def execute(recipes: Sequence[Recipe], targets: Sequence[Path], options: Options
     if len(set(targets)) < len(targets):
         raise RequestError(f"{targets[0]}: two outputs would have one name")
     with ExitStack() as stack:
-        plans, labels = planned(stack, recipes, options)
+        plans, labels, adapters = planned(stack, recipes, options)
         for plan, target in zip(plans, targets, strict=True):
             check_output(target, plan, options)
+        words = [_words(adapters, target, options) for target in targets]
+        plans = [
+            replace(plan, notes=(*plan.notes, *(one.note for one in its)))
+            for plan, its in zip(plans, words, strict=True)
+        ]
         if options.dry_run:
             return [report_of(plan, target, started) for plan, target in zip(plans, targets, strict=True)]
         inputs = provenance.describe_inputs(plans[0].sources, labels, options)
@@ -88,17 +95,31 @@ def execute(recipes: Sequence[Recipe], targets: Sequence[Path], options: Options
             provenance.merge_metadata(plan, recipe, inputs, options, target)
             for plan, recipe, target in zip(plans, recipes, targets, strict=True)
         ]
-        return write_plans(plans, metadata, targets, options, started, "merging")
+        reports = write_plans(plans, metadata, targets, options, started, "merging")
+        if any(words):
+            from sdmerge.lora.words import write_words
+
+            write_words([word for its in words for word in its], options)
+        return reports
 
 
-def planned(stack: ExitStack, recipes: Sequence[Recipe], options: Options) -> tuple[list[Plan], list[str]]:
+def _words(adapters: Adapters, target: Path, options: Options) -> list[Word]:
+    """Return the embeddings that adapters carry, which go beside an output."""
+    if not any(getattr(adapter, "embeddings", None) for _, adapter in adapters.values()):
+        return []
+    from sdmerge.lora.words import words_of
+
+    return words_of(adapters.values(), target, options)
+
+
+def planned(stack: ExitStack, recipes: Sequence[Recipe], options: Options) -> tuple[list[Plan], list[str], Adapters]:
     """Open what recipes name, for as long as `stack` lives, and decide about every tensor.
 
     Args:
         recipes: at least one; all name the same inputs.
 
     Returns:
-        A plan for each, and what the plans' sources are called in the recipes.
+        A plan for each, what the plans' sources are called in the recipes, and the open adapters.
 
     Raises:
         See `execute`.
@@ -110,7 +131,7 @@ def planned(stack: ExitStack, recipes: Sequence[Recipe], options: Options) -> tu
         adapters = {name: open_adapter_of(stack, first.inputs[name].path) for name in first.adapters}
         plans = [plan_merge(recipe, opened, vae, options, adapters) for recipe in recipes]
     check_sha256(first, {name: source for name, (source, _) in (opened | adapters).items()})
-    return plans, [*first.ids, *(["VAE"] if vae else []), *first.adapters]
+    return plans, [*first.ids, *(["VAE"] if vae else []), *first.adapters], adapters
 
 
 def copy_model(source: TensorSource, seen: Detection, target: Path, options: Options, started: float) -> Report:

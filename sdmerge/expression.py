@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from sdkernels.linear import Term
     from sdmerge.method import Method
+    from sdmerge.whole import Memory
 
 
 class Expression(Protocol):
@@ -63,8 +64,13 @@ class InTiles(Protocol):
     def light(self) -> bool:
         """Whether nothing of that tensor's size is made beside it."""
 
-    def prepare(self, tensors: Sequence[Tensor]) -> Change:
-        """Return what is added, given the step's reads as stored."""
+    def prepare(self, tensors: Sequence[Tensor], memory: Memory) -> Change:
+        """Return what is added.
+
+        Args:
+            tensors: the step's reads as stored.
+            memory: where large pieces come from; they last as long as the change is used.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ def merged(recipes: Sequence[Recipe], options: Options) -> Iterator[Memory]:
     from sdmerge.run import run
 
     with ExitStack() as stack:
-        plans, _ = planned(stack, recipes, options)
+        plans, *_ = planned(stack, recipes, options)
         for plan in plans:
             made = Memory(plan.sources[0].path, plan.specs, plan.sources[0].metadata)
             with shown(options, "merging", plan.cost) as advance, MemorySink(made) as sink:

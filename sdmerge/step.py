@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Plan:
         by_name = {step.name: step.spec for step in self.steps}
         object.__setattr__(self, "specs", {name: by_name[name] for name in self.names})
 
-    @property
+    @cached_property
     def cost(self) -> int:
         """Bytes read and written in all."""
         return sum(step.cost for step in self.steps)

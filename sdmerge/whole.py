@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from bisect import bisect_left
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +14,12 @@ from torch import Tensor
 from sdmerge.dtypes import TORCH
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterator
 
     from sdmerge.step import Read
+
+    Memory = Callable[[int], Tensor]
+    """Returns so many bytes, for as long as a tensor is worked on."""
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -31,6 +37,14 @@ def whole(read: Read, buffer: Tensor) -> Tensor:
     )
 
 
+def part_of(read: Read, start: int, shape: tuple[int, ...], buffer: Tensor) -> Tensor:
+    """Return some elements of a tensor as stored, from element `start` on, in the memory of `buffer` (bytes)."""
+    dtype = TORCH[read.spec.dtype]
+    part = buffer[: math.prod(shape) * dtype.itemsize]
+    read.source.read_into(read.key, start * dtype.itemsize, as_bytes(part))
+    return part.view(dtype).view(shape)
+
+
 def scaled(values: Tensor, factor: Tensor) -> Tensor:
     """Return fp8 values times their factor, or one for each row, in float32."""
     values, factor = values.float(), factor.float()
@@ -45,26 +59,38 @@ def _stored(read: Read, key: str, buffer: Tensor) -> Tensor:
     return window.view(TORCH[spec.dtype])
 
 
+def fresh(nbytes: int) -> Tensor:
+    """Return new memory of so many bytes."""
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
 class Pool:
     """Memory for whole tensors, used again by all threads: a large piece from the system is cleared page by page first."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
+        """In order of size."""
         self._lock = threading.Lock()
 
-    def take(self, nbytes: int) -> Tensor:
+    @contextmanager
+    def lend(self) -> Iterator[Memory]:
+        """Yield a function that gives out pieces. All come back in the end."""
+        lent: list[Tensor] = []
+
+        def memory(nbytes: int) -> Tensor:
+            lent.append(self._take(nbytes))
+            return lent[-1][:nbytes]
+
+        yield memory
+        with self._lock:  # what an error interrupts may be in use still
+            self._free = sorted([*self._free, *lent], key=Tensor.numel)
+
+    def _take(self, nbytes: int) -> Tensor:
         """Return at least `nbytes` bytes: the smallest free piece that holds them, or a new one."""
         with self._lock:
-            fits = [piece for piece in self._free if piece.numel() >= nbytes]
-            if fits:
-                best = min(fits, key=Tensor.numel)
-                self._free = [piece for piece in self._free if piece is not best]
-                return best
-            if self._free:  # one that is too small makes way
-                del self._free[0]
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def give(self, pieces: Iterable[Tensor]) -> None:
-        """Take pieces back."""
-        with self._lock:
-            self._free = sorted([*self._free, *pieces], key=Tensor.numel)
+            best = bisect_left(self._free, nbytes, key=Tensor.numel)
+            if best < len(self._free):
+                return self._free.pop(best)
+            if self._free:  # the one that comes nearest makes way
+                del self._free[-1]
+        return fresh(nbytes)

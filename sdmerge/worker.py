@@ -13,7 +13,7 @@ from torch import Tensor
 from sdkernels import cast, native, philox, rounding
 from sdmerge.dtypes import TORCH
 from sdmerge.expression import Call, InTiles
-from sdmerge.whole import as_bytes, whole
+from sdmerge.whole import as_bytes, part_of, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from sdkernels.linear import Term
     from sdmerge.expression import Change
     from sdmerge.run import Job
-    from sdmerge.step import Read, Step
+    from sdmerge.step import Step
+    from sdmerge.whole import Memory
 
 BLOCK = 1 << 18
 """Elements in a block: a few buffers of this size stay in a core's cache, and the cost of a call is spread thin."""
@@ -145,7 +146,6 @@ class Worker:
         self._rounding = job.options.stochastic_rounding
         self._inputs: list[_Buffer] = []
         self._outputs = [_Buffer()]
-        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
         self._prepared: tuple[_Prepared, ...] = ()
         self._sums: _Sums | None = None
 
@@ -225,23 +225,22 @@ class Worker:
 
     def _whole(self, group: Group) -> None:
         """Whole tensors, scaled where they are fp8 with a factor. Memory is what the tensors take."""
-        pool, reads, in_bands = self._job.pool, group[0].step.reads, _read_in_bands(group)
-        buffers = {i: pool.take(read.spec.nbytes) for i, read in enumerate(reads) if i != in_bands}
-        values = [
-            whole(read, buffers[i])
-            if i in buffers
-            else torch.empty(read.spec.shape, dtype=TORCH[read.spec.dtype], device="meta")
-            for i, read in enumerate(reads)
-        ]
-        for target in group:
-            if isinstance(target.step.compute, Call) and target.step.compute.in_blocks:
-                self._measured(target, target.step.compute, values)
-            elif isinstance(target.step.compute, InTiles) and values[target.step.compute.index].dim():
-                self._in_tiles(target, target.step.compute, values)
-            else:
-                self._at_once(target, values)
-        del values
-        pool.give(buffers.values())
+        in_bands = _read_in_bands(group)
+        with self._job.pool.lend() as memory:
+            values = [
+                torch.empty(read.spec.shape, dtype=TORCH[read.spec.dtype], device="meta")
+                if i == in_bands
+                else whole(read, memory(read.spec.nbytes))
+                for i, read in enumerate(group[0].step.reads)
+            ]
+            for target in group:
+                if isinstance(target.step.compute, Call) and target.step.compute.in_blocks:
+                    self._measured(target, target.step.compute, values)
+                elif isinstance(target.step.compute, InTiles) and values[target.step.compute.index].dim():
+                    self._in_tiles(target, target.step.compute, values, memory)
+                else:
+                    self._at_once(target, values)
+            del values
 
     def _measured(self, target: Target, call: Call, values: list[Tensor]) -> None:
         """Measure whole tensors, then compute and write block by block."""
@@ -252,30 +251,34 @@ class Worker:
         for start in range(0, blocks.spec.numel, BLOCK):
             self._emit(this, [value[start : start + BLOCK] for value in flat], start)
 
-    def _in_tiles(self, target: Target, compute: InTiles, values: list[Tensor]) -> None:
+    def _in_tiles(self, target: Target, compute: InTiles, values: list[Tensor], memory: Memory) -> None:
         """Add its change to what is stored, some rows at a time: in one pass where there is one, else tile by tile."""
         weight = values[compute.index]
-        change = compute.prepare(values)
+        change = compute.prepare(values, memory)
         flat = weight.reshape(weight.shape[0], -1)
         height, width, dtype = *flat.shape, TORCH[target.step.spec.dtype]
         step = replace(target.step, reads=(target.step.reads[compute.index],))
         rows = max(1, min(max(LEAST_ROWS, BAND // max(1, width)), height))
-        memory = self._scratch("band", rows * width, dtype)
+        read = memory(rows * width * flat.dtype.itemsize) if flat.is_meta else None
+        results = memory(rows * width * dtype.itemsize).view(dtype)
+        tile = memory(max(TILE_SIZE, width) * WIDEST)
         for row in range(0, height if flat.numel() else 0, rows):
-            stored = self._band(step.reads[0], flat[row : row + rows], row * width)
-            out = memory[: stored.numel()].view(stored.shape)
+            stored = flat[row : row + rows]
+            if read is not None:
+                stored = part_of(step.reads[0], row * width, stored.shape, read)
+            out = results[: stored.numel()].view(stored.shape)
             if self._rounding is not None or not change.add(stored, out, row):
-                self._fill_band(step, change, stored, out, row)
+                self._fill_band(step, change, stored, out, row, tile)
             target.sink.write(step.name, row * width * dtype.itemsize, as_bytes(out))
 
-    def _fill_band(self, step: Step, change: Change, stored: Tensor, out: Tensor, row: int) -> None:
+    def _fill_band(self, step: Step, change: Change, stored: Tensor, out: Tensor, row: int, memory: Tensor) -> None:
         """Make one tile of the change after the other, and add it to what is stored while it is in the cache."""
         height, width = stored.shape
         # Random numbers are drawn in the order of the elements, which whole rows are in.
         whole_rows = change.whole_rows or self._rounding is not None
         columns = width if whole_rows else min(TILE, width)
         rows = max(1, min(TILE_SIZE // columns, height))
-        tiles = self._scratch("tile", rows * columns, cast.accumulator(stored.dtype))
+        tiles = memory.view(cast.accumulator(stored.dtype))
         for top in range(0, height, rows):
             for left in range(0, width, columns):
                 part = stored[top : top + rows, left : left + columns]
@@ -283,21 +286,6 @@ class Worker:
                 change.fill(tile, row + top, left)
                 place = out[top : top + rows, left : left + columns]
                 self._end_tile(step, part, tile, place, (row + top) * width + left)
-
-    def _band(self, read: Read, band: Tensor, start: int) -> Tensor:
-        """Return rows of a matrix, from element `start` on: as they are, or read now where they are not in memory."""
-        if not band.is_meta:
-            return band
-        memory = self._scratch("stored", band.numel(), band.dtype)[: band.numel()]
-        read.source.read_into(read.key, start * band.dtype.itemsize, as_bytes(memory))
-        return memory.view(band.shape)
-
-    def _scratch(self, use: str, count: int, dtype: torch.dtype) -> Tensor:
-        """Return memory of this thread, the same whenever as many numbers of this type are asked for."""
-        held = self._held.get((use, dtype))
-        if held is None or held.numel() < count:
-            held = self._held[use, dtype] = torch.empty(count, dtype=dtype)
-        return held
 
     def _end_tile(self, step: Step, stored: Tensor, change: Tensor, place: Tensor, start: int) -> None:
         """Add what is stored to its change, check, and round into place: in one pass where native code can and all is well."""

@@ -14,9 +14,6 @@
 #include <errno.h>
 #include <unistd.h>
 
-/* The first magnitude that rounds to infinity, as the bits of a float32; those of NaN are larger, all others smaller. */
-static const int32_t TOO_LARGE[] = {0x477ff000, 0x7f7f8000, 0x7f800000};
-
 enum { VECTORS = 4, GROUP = LANES * VECTORS };
 typedef struct {
     __m256 v[VECTORS];
@@ -41,25 +38,14 @@ INLINE Group load(const Matrix *matrix, size_t row, size_t column, size_t count,
     return to;
 }
 
-/* Round to bfloat16: add half a step, less one where the last bit that stays is 0 (ties to even), and cut. NaN stays NaN. */
-INLINE __m128i to_bfloat16(__m256 value) {
-    const __m256i bits = _mm256_castps_si256(value);
-    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
-    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-    const __m256i cut = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
-    return _mm_packus_epi32(_mm256_castsi256_si128(cut), _mm256_extracti128_si256(cut, 1));
-}
-
 /* Round a group into place, or the `count` elements that are left of a row. */
 INLINE void store(Group from, const Matrix *matrix, size_t row, size_t column, size_t count, Type type) {
     char *out = place(matrix, row, column), padded[GROUP * sizeof(float)];
     char *at = count < GROUP ? padded : out;
-    __m128i *halves = (__m128i *)at;
     switch (type == MIXED ? (Type)matrix->type : type) {
-        case FLOAT16: EACH(i) _mm_storeu_si128(halves + i, _mm256_cvtps_ph(from.v[i], _MM_FROUND_TO_NEAREST_INT)); break;
-        case BFLOAT16: EACH(i) _mm_storeu_si128(halves + i, to_bfloat16(from.v[i])); break;
-        default: EACH(i) _mm256_storeu_ps((float *)at + LANES * i, from.v[i]);
+        case FLOAT16: EACH(i) narrow(from.v[i], at + 2 * LANES * i, FLOAT16); break;
+        case BFLOAT16: EACH(i) narrow(from.v[i], at + 2 * LANES * i, BFLOAT16); break;
+        default: EACH(i) narrow(from.v[i], at + 4 * LANES * i, FLOAT32);
     }
     if (count < GROUP) memcpy(out, padded, count * SIZE[matrix->type]);
 }

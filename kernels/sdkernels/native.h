@@ -7,6 +7,8 @@
 
 typedef enum { FLOAT16, BFLOAT16, FLOAT32, MIXED } Type;
 static const size_t SIZE[] = {2, 2, 4};
+/* The first magnitude that rounds to infinity, as the bits of a float32; those of NaN are larger, all others smaller. */
+static const int32_t TOO_LARGE[] = {0x477ff000, 0x7f7f8000, 0x7f800000};
 
 /* Rows of contiguous elements, `stride` elements apart: 0 where one row's memory serves for all. A vector is one row. */
 typedef struct {
@@ -45,4 +47,24 @@ INLINE __m256 widen(const char *at, Type type) {
     const __m128i halves = _mm_loadu_si128((const __m128i *)at);
     if (type == FLOAT16) return _mm256_cvtph_ps(halves);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+/* Round to bfloat16: add half a step, less one where the last bit that stays is 0 (ties to even), and cut. NaN stays NaN. */
+INLINE __m128i to_bfloat16(__m256 value) {
+    const __m256i bits = _mm256_castps_si256(value);
+    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    const __m256i cut = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(cut), _mm256_extracti128_si256(cut, 1));
+}
+
+/* Round eight numbers to the place `at`. */
+INLINE void narrow(__m256 value, char *at, Type type) {
+    if (type == FLOAT32)
+        _mm256_storeu_ps((float *)at, value);
+    else if (type == FLOAT16)
+        _mm_storeu_si128((__m128i *)at, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+    else
+        _mm_storeu_si128((__m128i *)at, to_bfloat16(value));
 }

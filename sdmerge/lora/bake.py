@@ -19,12 +19,13 @@ from sdformats.adapters.reading import listed
 from sdformats.adapters.records import Full, LoHa, LoKr, LoRA, Norm, Rows
 from sdformats.views import Stored
 from sdkernels import cast, linear, native
-from sdkernels.product import product
+from sdkernels.packed import pack
 from sdmerge.errors import FamilyError, MismatchError, RequestError
 from sdmerge.hypernetworks import with_folds
 from sdmerge.lora.algebra import as_lora
 from sdmerge.lora.delta import delta, factors, needs_weight
 from sdmerge.lora.places import Places
+from sdmerge.whole import fresh
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,10 +37,11 @@ if TYPE_CHECKING:
     from sdformats.hypernetwork import Hypernetwork
     from sdformats.tensor import TensorSource
     from sdformats.views import Ref
-    from sdkernels.product import Product, Scaled
+    from sdkernels.packed import Packed, Scaled
     from sdmerge.blocks import Weights
     from sdmerge.expression import Change
     from sdmerge.lora.places import Place
+    from sdmerge.whole import Memory
 
     StrengthOf = Callable[[str], float]
     """Returns an adapter's strength for one tensor of the model."""
@@ -207,10 +209,10 @@ class Baked:
         """Compute the whole tensor."""
         weight = tensors[self.index].to(cast.accumulator(tensors[self.index].dtype))
         change = torch.empty_like(weight).reshape(weight.shape[0], -1)
-        self.prepare(tensors).fill(change, 0, 0)
+        self.prepare(tensors, fresh).fill(change, 0, 0)
         return change.reshape(weight.shape).add_(weight)
 
-    def prepare(self, tensors: Sequence[Tensor]) -> Change:
+    def prepare(self, tensors: Sequence[Tensor], memory: Memory) -> Change:
         """Return what is added; see `sdmerge.expression.InTiles`."""
         weight = tensors[self.index]
         wide = cast.accumulator(weight.dtype)
@@ -227,7 +229,7 @@ class Baked:
         used = weight.to(wide) if any(needs_weight(one.record) for one in dense) else None
         total = _dense(dense, get, used, weight.shape)
         return _Changes(
-            tuple(_products([one for one in self.added if one.thin], factor, wide)),
+            tuple(_products([one for one in self.added if one.thin], factor, wide, memory)),
             tuple(_others(self.added, get)),
             None if total is None else total.reshape(weight.shape[0], -1),
             any(isinstance(one.record, LoKr) for one in self.added if in_rows(one)),
@@ -246,17 +248,19 @@ class _Products:
         first, last: the first row, and the one after the last.
         factors: scale, up and down of each.
         wide: the type to multiply in.
+        memory: where packed factors come from.
     """
 
     first: int
     last: int
     factors: list[Scaled]
     wide: torch.dtype
+    memory: Memory
 
     @cached_property
-    def packed(self) -> Product | None:
+    def packed(self) -> Packed | None:
         """The product as native code takes it; None where there is none for it."""
-        return product(self.factors) if self.wide == torch.float32 else None
+        return pack(self.factors, self.memory) if self.wide == torch.float32 else None
 
     @cached_property
     def _joined(self) -> tuple[Tensor, Tensor]:
@@ -292,11 +296,11 @@ class _Changes:
         return [*((one.first, one.last, one.add) for one in self.products), *self.others]
 
     @cached_property
-    def _packed(self) -> list[tuple[int, int, Product]] | None:
+    def _packed(self) -> list[tuple[int, int, Packed]] | None:
         """The products, from the first row to the last; None where native code cannot make all that is added, or not at once."""
         if self.others or self.total is not None:
             return None
-        found: list[tuple[int, int, Product]] = []
+        found: list[tuple[int, int, Packed]] = []
         for one in sorted(self.products, key=lambda one: one.first):
             if one.packed is None or (found and one.first < found[-1][1]):
                 return None
@@ -348,7 +352,9 @@ def _has_core(record: LoHa | LoKr) -> bool:
     return (record.t1 if isinstance(record, LoHa) else record.t2) is not None
 
 
-def _products(thin: Sequence[Contribution], factor: Callable[[Ref], Tensor], wide: torch.dtype) -> Iterator[_Products]:
+def _products(
+    thin: Sequence[Contribution], factor: Callable[[Ref], Tensor], wide: torch.dtype, memory: Memory
+) -> Iterator[_Products]:
     """Put all LoRAs on the same rows together."""
     by_rows: dict[tuple[int, int], list[Scaled]] = {}
     for one in thin:
@@ -359,7 +365,7 @@ def _products(thin: Sequence[Contribution], factor: Callable[[Ref], Tensor], wid
             up, down, rows = down.T.contiguous(), up.T.contiguous(), (0, down.shape[1])
         by_rows.setdefault(rows, []).append((record.scale * one.strength, up, down))
     for rows, scaled in by_rows.items():
-        yield _Products(*rows, scaled, wide)
+        yield _Products(*rows, scaled, wide, memory)
 
 
 def _others(added: Sequence[Contribution], get: Callable[[Ref], Tensor]) -> list[_Adder]:

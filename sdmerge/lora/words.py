@@ -4,51 +4,83 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sdformats.adapters import open_adapter
+from sdformats.adapters.adapter import Adapter
 from sdformats.adapters.layout import Written
-from sdformats.files import open_source
-from sdformats.layout import detect
+from sdmerge.errors import RequestError
+from sdmerge.execute import check_output
 from sdmerge.policy import Notes
 from sdmerge.writing import plan_of, write_out
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from sdformats.hypernetwork import Hypernetwork
+    from sdformats.tensor import TensorSource
     from sdmerge.options import Options
+    from sdmerge.step import Plan
 
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
-def write_words(adapters: Sequence[Path], output: Path, options: Options) -> tuple[str, ...]:
-    """Write every embedding of some adapters as a file of its own, named after the output and the word.
+@dataclass(frozen=True)
+class Word:
+    """An embedding that an adapter carries.
+
+    Attributes:
+        target: where it goes.
+        note: says so.
+        written: its tensors.
+        plan: writes them.
+    """
+
+    target: Path
+    note: str
+    written: Written
+    plan: Plan
+
+
+def words_of(
+    adapters: Iterable[tuple[TensorSource, Adapter | Hypernetwork]], output: Path, options: Options
+) -> list[Word]:
+    """Return every embedding of some adapters: a file of its own, named after the output and the word.
 
     Args:
-        adapters: their files.
-        output: what they were baked into.
-        options: whether files may be replaced; nothing is written in a dry run.
+        adapters: with the files that they are in.
+        output: what they are baked into.
+        options: whether files may be replaced.
 
-    Returns:
-        A note for each.
+    Raises:
+        RequestError: two would have one name.
+        OutputExists: there is something of that name.
+    """
+    found: dict[Path, Word] = {}
+    for source, adapter in adapters:
+        if not isinstance(adapter, Adapter):
+            continue
+        for word, inner in adapter.embeddings.items():
+            name = _UNSAFE.sub("", word.strip("<>")) or "word"
+            target = output.with_name(f"{output.stem}.{name}.safetensors")
+            if target in found:
+                raise RequestError(
+                    f"{source.path}: has an embedding {word}, and so has another adapter (bake one of them)"
+                )
+            written = Written({"emb_params" if key == "*" else key: ref for key, ref in inner.items()}, {})
+            plan = plan_of(written, (source,), adapter.family, Notes())
+            check_output(target, plan, options, (".safetensors",))
+            note = f"the embedding {word} of {source.path.name} is beside it, as {target.name}"
+            found[target] = Word(target, note, written, plan)
+    return list(found.values())
+
+
+def write_words(words: Sequence[Word], options: Options) -> None:
+    """Write them.
 
     Raises:
         sdformats.errors.FormatError: a file cannot be read or written.
     """
-    notes = []
-    for path in adapters:
-        with open_source(path) as source:
-            if detect(source.specs, metadata=source.metadata).kind not in ("adapter", "custom-diffusion"):
-                continue
-            adapter, _ = open_adapter(source)
-            for word, inner in adapter.embeddings.items():
-                name = _UNSAFE.sub("", word.strip("<>")) or "word"
-                target = output.with_name(f"{output.stem}.{name}.safetensors")
-                tensors = {"emb_params" if key == "*" else key: ref for key, ref in inner.items()}
-                notes.append(f"the embedding {word} of {path.name} is beside it, as {target.name}")
-                if not options.dry_run:
-                    written = Written(tensors, {})
-                    plan = plan_of(written, (source,), adapter.family, Notes())
-                    write_out(plan, written, target, options, time.perf_counter(), "writing")
-    return tuple(notes)
+    for word in words:
+        write_out(word.plan, word.written, word.target, options, time.perf_counter(), "writing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from typing import TYPE_CHECKING, Any
 
@@ -203,10 +204,15 @@ def test_a_library_is_named_for_its_source_and_replaces_older_ones(
     built = build.build(tmp_path)
     assert built == build.library(tmp_path)
     assert list(tmp_path.iterdir()) == [built]
-    other = tmp_path / "native.c"
-    other.write_text("int other;")
-    monkeypatch.setattr(build, "SOURCE", other)
-    assert build.library(tmp_path) != built
+    sources = tmp_path / "sources"
+    shutil.copytree(build.FOLDER, sources, ignore=lambda _, names: [n for n in names if not n.endswith((".c", ".h"))])
+    monkeypatch.setattr(build, "FOLDER", sources)
+    assert build.library(tmp_path) == built
+    for source in sources.iterdir():
+        before = source.read_text()
+        source.write_text(before + "\n")
+        assert build.library(tmp_path) != built
+        source.write_text(before)
 
 
 def test_a_broken_library_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

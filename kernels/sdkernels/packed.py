@@ -1,4 +1,4 @@
-"""W + Σ s (up · down) in the memory of a CPU, some rows at a time: see product.c.
+"""W + Σ s (up · down) in the memory of a CPU, some rows at a time: see packed.c.
 
 Factors are packed once for the processor. A product is then added to any rows of the weight and rounded, without ever
 being whole; other threads run meanwhile.
@@ -15,7 +15,7 @@ from torch import Tensor
 from sdkernels import native
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from sdkernels.native import Library
 
@@ -24,26 +24,29 @@ Scaled = tuple[float, Tensor, Tensor]
 
 _FACTORS = struct.Struct("@PPNN")
 _SETS = {"AVX2": (4, 24), "AVX512": (8, 48)}
-"""The rows and columns of panels, for each set of instructions that product.c knows, in its order."""
+"""The rows and columns of panels, for each set of instructions that packed.c knows, in its order."""
 
 
-class Product:
+class Packed:
     """Σ s (up · down), packed.
 
     Args:
         library: see `sdkernels.native.LIBRARY`.
         factors: one or more, of one height and width; all ranks are put side by side.
+        memory: returns so many bytes, aligned, which last as long as this is used.
         wide: whether to use AVX-512.
     """
 
-    def __init__(self, library: Library, factors: Sequence[Scaled], *, wide: bool) -> None:
+    def __init__(
+        self, library: Library, factors: Sequence[Scaled], memory: Callable[[int], Tensor], *, wide: bool
+    ) -> None:
         self._library, self._wide = library, wide
         height, width = list(_SETS.values())[wide]
         _, first_up, first_down = factors[0]
         self.rows, self.columns = first_up.shape[0], first_down.shape[1]
         rank = sum(up.shape[1] for _, up, _ in factors)
-        self._up = torch.empty(-(-self.rows // height) * height * rank)
-        self._down = torch.empty(-(-self.columns // width) * width * rank)
+        self._up = memory(-(-self.rows // height) * height * rank * torch.float32.itemsize)
+        self._down = memory(-(-self.columns // width) * width * rank * torch.float32.itemsize)
         start = 0
         for scale, up, down in factors:
             ranks = up.shape[1]
@@ -70,15 +73,11 @@ class Product:
         return bool(done)
 
 
-def product(factors: Sequence[Scaled]) -> Product | None:
-    """Return factors packed; None where there is no library, or it does not serve them.
-
-    Args:
-        factors: see `Product`.
-    """
+def pack(factors: Sequence[Scaled], memory: Callable[[int], Tensor]) -> Packed | None:
+    """Return factors packed, see `Packed`; None where there is no library, or it does not serve them."""
     tensors = [x for _, *pair in factors for x in pair]
     served = all(native.serves(x.dtype) and x.is_cpu and x.stride(1) == 1 and x.numel() for x in tensors)
     if native.LIBRARY is None or not served:
         return None
     capability = torch.backends.cpu.get_cpu_capability()
-    return Product(native.LIBRARY, factors, wide=capability.startswith("AVX512"))
+    return Packed(native.LIBRARY, factors, memory, wide=capability.startswith("AVX512"))
