@@ -56,7 +56,7 @@ def main(cache: Path, rounds: int, peer_rounds: int, threads: int, json_path: Pa
         outcome = execute(result.run, inputs, output, threads=threads)
         result.outcomes += [outcome] if number > 0 else []
         output.unlink(missing_ok=True)
-    rate = 2 * GEMM**3 / min(gemm.seconds)
+    rate = 2 * GEMM**3 / median(gemm.seconds)
     rows = []
     for count, results in by_count.items():
         files = min(median(result.seconds) for result in results[:2])

@@ -13,7 +13,8 @@ from torch import Tensor
 import sdmerge
 from sdformats.adapters import open_adapter
 from sdformats.files import open_source
-from sdmerge.errors import FamilyError, MismatchError, RequestError
+from sdkernels import native
+from sdmerge.errors import FamilyError, MismatchError, RequestError, SdmergeError
 from sdmerge.lora.delta import delta
 from sdmerge.lora.refs import value
 from sdmerge.lora.strength import parse_strength
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sdformats.views import Ref
+    from sdkernels.native import Library
 
 Tensors = dict[str, Tensor]
 TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -91,6 +93,53 @@ def test_several_adapters_are_rounded_once(tmp_path: Path) -> None:
     assert torch.equal(after[MODEL_TO_Q], exact.float().bfloat16())
     conv = before[MODEL_CONV1].double().flatten(1) + sum(0.5 * product(one, CONV1) for one in many)
     assert torch.allclose(after[MODEL_CONV1].double().flatten(1), conv, rtol=2.0**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_native_code_and_torch_agree(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Library
+) -> None:
+    """Their sums have another order, so results that lie between two steps may go either way, seldom."""
+    model = toys.save(tmp_path / "model.safetensors", toys.toy(1, torch.float32))
+    adapters = [
+        save(tmp_path / f"{i}.safetensors", lora(TO_Q, 8, 8, seed=i) | lora(CONV1, 8, 8, 3, 3, seed=i)) for i in (1, 2)
+    ]
+    found = []
+    for chosen in (None, library):
+        monkeypatch.setattr(native, "LIBRARY", chosen)
+        sdmerge.bake(model, adapters, output=tmp_path / "out.safetensors", dtype=dtype, overwrite=True)
+        found.append(load_file(tmp_path / "out.safetensors"))
+    assert found[0].keys() == found[1].keys()
+    for name, want in found[0].items():
+        torch.testing.assert_close(found[1][name], want)
+        assert want.dtype == torch.float32 or (found[1][name] != want).float().mean() <= 0.02
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 65504.0])
+def test_native_code_finds_the_same_faults(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Library
+) -> None:
+    tensors = toys.toy(1, torch.float16)
+    tensors[MODEL_TO_Q][3, 5] = value
+    model = toys.save(tmp_path / "model.safetensors", tensors)
+    change = lora(TO_Q, 8, 8)
+    change[f"{TO_Q}.lora_up.weight"].fill_(1000)
+    change[f"{TO_Q}.lora_down.weight"].fill_(1)
+    adapter = save(tmp_path / "lora.safetensors", change)
+    told, written, out = [], [], tmp_path / "out.safetensors"
+    for chosen in (None, library):
+        monkeypatch.setattr(native, "LIBRARY", chosen)
+        with pytest.raises(SdmergeError, match=MODEL_TO_Q) as error:
+            sdmerge.bake(model, [adapter], output=out)
+        assert not out.exists()
+        told.append(str(error.value))
+        for overflow in ("saturate", "inf"):
+            report = sdmerge.bake(model, [adapter], output=out, overwrite=True, overflow=overflow, allow_nonfinite=True)
+            numbers = load_file(out)[MODEL_TO_Q].nan_to_num(nan=12345.0)  # NaN has many bits
+            written.append((numbers.tolist(), report.nonfinite, report.overflowed))
+        out.unlink()
+    assert told[0] == told[1]
+    assert written[:2] == written[2:]
 
 
 def test_strength_scales_the_change(tmp_path: Path) -> None:
