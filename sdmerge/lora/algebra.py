@@ -17,7 +17,8 @@ from sdformats.adapters.errors import CannotHold
 from sdformats.adapters.records import Full, LoHa, LoKr, LoRA, Norm, Rows
 from sdformats.tensor import Spec
 from sdformats.views import Ref, Shaped
-from sdmerge.lora.delta import delta, needs_weight
+from sdmerge.lora.delta import delta, kronecker, needs_weight
+from sdmerge.lora.fits import check_fits
 from sdmerge.lora.refs import Computed
 
 if TYPE_CHECKING:
@@ -186,8 +187,8 @@ def _operands(pair: tuple[Ref, Ref | None]) -> tuple[Ref, ...]:
 
 def _kron_half(*values: Tensor, split: int, left: bool) -> Tensor:
     """Return a1 ⊗ a2 or b1 ⊗ b2."""
-    halves = [_half(part, left=left) for part in (values[:split], values[split:])]
-    return torch.kron(halves[0].contiguous(), halves[1].contiguous())
+    first, second = (_half(part, left=left) for part in (values[:split], values[split:]))
+    return kronecker(first, second)
 
 
 def _half(values: tuple[Tensor, ...], *, left: bool) -> Tensor:
@@ -215,6 +216,7 @@ def as_full(path: str, record: Record, weight: Ref | None, shape: tuple[int, ...
 
     Raises:
         CannotHold: the change depends on the weight, which is not given.
+        MismatchError: the record is for a weight of another size.
     """
     if isinstance(record, Norm) or (isinstance(record, Full) and not record.replaces):
         return record
@@ -224,6 +226,8 @@ def as_full(path: str, record: Record, weight: Ref | None, shape: tuple[int, ...
         )
     if isinstance(record, Full) and record.new_bias and record.bias is not None:
         raise CannotHold("replaces its bias, which no difference here does", key=path)
+    if weight is not None:
+        check_fits(path, record, weight.shape, next(weight.stored()).key)
     target = weight.shape if weight is not None else shape if shape is not None else _natural(record)
     refs = tuple(dict.fromkeys(ref for _, ref in record.refs))
     operands = refs if weight is None else (*refs, weight)

@@ -11,9 +11,9 @@ from sdformats.adapters import open_adapter
 from sdformats.adapters.errors import CannotHold
 from sdformats.adapters.layouts import LAYOUTS
 from sdformats.adapters.names import kernel_of
-from sdformats.adapters.reading import check_holds, needs_of
+from sdformats.adapters.reading import check_holds, listed, needs_of
 from sdformats.files import open_source
-from sdmerge.errors import RequestError, nearest
+from sdmerge.errors import FamilyError, MismatchError, RequestError, nearest
 from sdmerge.execute import no_collection
 from sdmerge.lora.algebra import as_full, as_lora
 from sdmerge.lora.places import Places
@@ -111,7 +111,7 @@ def _formed(adapter: Adapter, conversion: Conversion, base: TensorSource | None)
     """Turn every record into the form asked for."""
     if conversion.form is None:
         return adapter
-    places = Places(base, adapter.family) if base is not None else None
+    places = _places(adapter, base) if base is not None else None
     modules: dict[str, Record] = {}
     for path, record in adapter.modules.items():
         kernel = kernel_of(path, adapter.family)
@@ -124,6 +124,24 @@ def _formed(adapter: Adapter, conversion: Conversion, base: TensorSource | None)
         shape = weight.shape if weight is not None else _shape(record, kernel)
         modules[path] = as_full(path, record, weight, shape)
     return replace(adapter, modules=modules)
+
+
+def _places(adapter: Adapter, base: TensorSource) -> Places:
+    """Return where the adapter's modules are in the base model.
+
+    Raises:
+        FamilyError: the model is of another family.
+        MismatchError: it has no place for some modules.
+    """
+    places = Places(base)
+    if adapter.family and places.family and adapter.family != places.family:
+        raise FamilyError(f"{base.path}: is {places.family}, and the adapter is for {adapter.family}")
+    if missing := [path for path in adapter.modules if places.find(path) is None]:
+        raise MismatchError(
+            f"{base.path}: has no place for {len(missing):,} of the adapter's {len(adapter.modules):,} modules: "
+            f"{listed(missing)} (expected the model that it is for)"
+        )
+    return places
 
 
 def _shape(record: Record, kernel: tuple[int, int] | None) -> tuple[int, ...] | None:

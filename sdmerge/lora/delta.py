@@ -118,8 +118,17 @@ def _hadamard(a: Tensor, b: Tensor, t: Ref | None, get: Get) -> Tensor:
 def _kronecker(record: LoKr, get: Get) -> Tensor:
     """Flatten kernels: the product over a flattened convolution is the same matrix in old files and new."""
     first, second = factors(record, get)
-    made = torch.kron(first, second.flatten(1))
+    made = kronecker(first, second.flatten(1))
     return made if second.dim() == 2 else made.reshape(made.shape[0], -1, *second.shape[2:])
+
+
+def kronecker(first: Tensor, second: Tensor) -> Tensor:
+    """Return first ⊗ second of two matrices, (m, n) and (p, q): (m · p, n · q).
+
+    torch.kron refuses views of one row or column whose strides are odd, whatever `contiguous` says of them.
+    """
+    made = first[:, None, :, None] * second[None, :, None, :]
+    return made.reshape(first.shape[0] * second.shape[0], first.shape[1] * second.shape[1])
 
 
 def factors(record: LoKr, get: Get) -> tuple[Tensor, Tensor]:
@@ -214,7 +223,7 @@ def _cayley(blocks: Tensor, constraint: float | None, rows: int) -> Tensor:
 def _rotated_columns(record: InputOFT, get: Get, weight: Tensor) -> Tensor:
     """Rotate groups of columns, as PEFT does: by Cayley's transform, or by some terms of its series."""
     vectors = get(record.vectors).to(weight.dtype)
-    size = round((1 + (1 + 8 * vectors.shape[1]) ** 0.5) / 2)
+    size = record.size
     upper = torch.triu_indices(size, size, 1)
     skew = torch.zeros(vectors.shape[0], size, size, dtype=vectors.dtype, device=vectors.device)
     skew[:, upper[0], upper[1]] = vectors

@@ -36,10 +36,10 @@ def open_adapter(source: TensorSource, config: Path | None = None) -> tuple[Adap
     """
     try:
         layout = detect_adapter(source.specs)
+        adapter = layout.read(layout, AdapterFile(source, _configs(source, config)))
     except FormatError as error:
-        error.path = source.path
+        error.path = error.path or source.path
         raise
-    adapter = layout.read(layout, AdapterFile(source, _configs(source, config)))
     return replace(adapter, notes=(*adapter.notes, *source.notes)), layout
 
 

@@ -119,6 +119,8 @@ def detect_adapter(specs: Mapping[str, Spec]) -> AdapterLayout:
     """
     from sdformats.adapters.layouts import LAYOUTS  # layouts are made of this module's classes
 
+    if not specs:
+        raise FormatError("holds no tensors", expected="an adapter")
     text = "\n".join(specs)
     scores = [(layout.score(text, specs), layout) for layout in LAYOUTS]
     best = max((score for score, _ in scores), default=0)

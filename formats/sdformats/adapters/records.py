@@ -264,6 +264,11 @@ class InputOFT(Record):
     vectors: Ref
     terms: int | None = 5
 
+    @property
+    def size(self) -> int:
+        """How many columns each rotation turns."""
+        return (1 + math.isqrt(1 + 8 * self.vectors.shape[1])) // 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Record):

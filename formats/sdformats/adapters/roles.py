@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from sdformats.adapters.record import Magnitude, Record
 from sdformats.adapters.records import IA3, OFT, Full, GLoRA, InputOFT, LoHa, LoKr, LoRA, Norm
+from sdformats.adapters.shapes import check_lengths, checked
 from sdformats.errors import CorruptFile
 from sdformats.tensor import DType
 from sdformats.views import Constant, Ref, constant, number, numbers, reshaped
@@ -77,11 +79,10 @@ def assemble(module: str, roles: Roles) -> Record:
     if "oft_diag" in given:
         record: Record = OFT(blocks=given.pop("oft_diag"), rescale=given.pop("rescale", None), rotations=True)
         given.pop(ALPHA, None)
-        return _no_rest(module, given, record)
+        return checked(module, _no_rest(module, given, record))
     if "set_weight" in given:
-        return _no_rest(
-            module, given, Full(weight=given.pop("set_weight"), replaces=True, bias=given.pop("diff_b", None))
-        )
+        record = Full(weight=given.pop("set_weight"), replaces=True, bias=given.pop("diff_b", None))
+        return checked(module, _no_rest(module, given, record))
     kind, fields = next(
         ((kind, fields) for kind, fields in _FIELDS if any(role in given for role in fields)),
         (Full, {"diff": "weight"}),
@@ -92,12 +93,17 @@ def assemble(module: str, roles: Roles) -> Record:
     if (t1 := given.pop("lokr_t1", None)) is not None:
         raise CorruptFile("has a lokr_t1, which no tool reads", key=str(next(t1.stored()).key))
     values["bias"] = given.pop("b_norm", None) if kind is Norm else given.pop("diff_b", None)
+    if kind is Full and all(value is None for value in values.values()):
+        raise CorruptFile(f"has {', '.join(sorted(given))}, and nothing that it is for", key=module, expected="factors")
     if kind is IA3:
         values["on_input"] = bool(number(values["on_input"]))
-    if (shape := given.pop("reshape_weight", None)) is not None:
-        values["reshape"] = tuple(int(size) for size in numbers(shape))
+    if kind is LoRA and (shape := given.pop("reshape_weight", None)) is not None:
+        sizes = numbers(shape)
+        if not sizes or not all(math.isfinite(size) and size >= 1 and size == int(size) for size in sizes):
+            raise CorruptFile(f"has a reshape_weight of {sizes}", key=module, expected="a shape")
+        values["reshape"] = tuple(int(size) for size in sizes)
     made = kind(**values)
-    return _no_rest(module, given, _scaled(module, _checked(module, made), given))
+    return _no_rest(module, given, _scaled(module, checked(module, made), given))
 
 
 def _no_rest(module: str, given: dict[str, Ref], record: Record) -> Record:
@@ -123,7 +129,11 @@ def _scaled(module: str, record: Record, given: dict[str, Ref]) -> Record:
     for role in (LENGTHS, MAGNITUDE):
         if role in given:
             changes["magnitude"] = magnitude(module, given.pop(role), record, named=role)
-    return replace(record, **changes) if changes else record
+    if not changes:
+        return record
+    scaled = replace(record, **changes)
+    check_lengths(module, scaled)
+    return scaled
 
 
 def magnitude(module: str, values: Ref, record: Record, *, named: str) -> Magnitude:
@@ -146,55 +156,6 @@ def magnitude(module: str, values: Ref, record: Record, *, named: str) -> Magnit
 def _rank_of(record: Record) -> int:
     """Return how many axes the weight has, as far as the record tells."""
     return max((len(ref.shape) for name, ref in record.refs if name in ("down", "mid", "w2", "t1", "t2")), default=2)
-
-
-def _checked(module: str, record: Record) -> Record:
-    """Check that factors fit together, and give them the shapes that the records promise."""
-    pairs: list[tuple[Ref | None, int, Ref | None, int]] = []
-    match record:
-        case LoRA():
-            if len(record.up.shape) == 2 and len(record.down.shape) == 4:  # DyLoRA saves it so
-                record = replace(record, up=reshaped(record.up, (*record.up.shape, 1, 1)))
-            inner = record.down if record.mid is None else record.mid
-            pairs = [(record.up, 1, inner, 0), (record.mid, 1, record.down, 0)]
-        case LoHa(t1=None):
-            pairs = [(record.w1_a, 1, record.w1_b, 0), (record.w2_a, 1, record.w2_b, 0)]
-        case LoHa():
-            pairs = [(record.t1, 0, record.w1_a, 0), (record.t1, 1, record.w1_b, 0)]
-            pairs += [(record.t2, 0, record.w2_a, 0), (record.t2, 1, record.w2_b, 0)]
-        case LoKr():
-            record = _both_factors(module, record)
-            pairs = [(record.w1_a, 1, record.w1_b, 0)]
-            pairs += [(record.w2_a, 1, record.w2_b, 0)] if record.t2 is None else []
-        case GLoRA():
-            record = _old_or_new(module, record)
-        case _:
-            pass
-    for one, axis, other, other_axis in pairs:
-        if one is not None and other is not None and not _fits(one, axis, other, other_axis):
-            raise CorruptFile(f"has factors that do not fit: {one.spec} and {other.spec}", key=module)
-    return record
-
-
-def _fits(one: Ref, axis: int, other: Ref, other_axis: int) -> bool:
-    return len(one.shape) > axis and len(other.shape) > other_axis and one.shape[axis] == other.shape[other_axis]
-
-
-def _both_factors(module: str, record: LoKr) -> LoKr:
-    first = record.w1 is not None or (record.w1_a is not None and record.w1_b is not None)
-    second = record.w2 is not None or (record.w2_a is not None and record.w2_b is not None)
-    if not (first and second):
-        raise CorruptFile("has one factor of a Kronecker product", key=module, expected="both")
-    return record
-
-
-def _old_or_new(module: str, record: GLoRA) -> GLoRA:
-    """Tell old GLoRA from new by the shapes: a2 is (rank, in) and a1 (in, rank) today, and was the other way round."""
-    old = _fits(record.a1, 0, record.b1, 0) and _fits(record.b1, 0, record.b2, 1) and _fits(record.b2, 1, record.a2, 1)
-    new = _fits(record.a1, 1, record.a2, 0) and _fits(record.b1, 1, record.b2, 0)
-    if not old and not new:
-        raise CorruptFile("has factors that do not fit", key=module, expected="GLoRA's a1, a2, b1, b2")
-    return replace(record, old=not new)
 
 
 def disassemble(record: Record) -> dict[str, Ref]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sdformats.errors import CorruptFile, UnsupportedFile
 from tests.formats.adapters import samples
@@ -28,6 +29,18 @@ def test_names_of_no_layout_are_shown(tmp_path: Path) -> None:
     assert "'model' (1)" in text
     assert "'head' (1)" in text
     assert "sdmerge layouts" in text
+
+
+def test_a_file_without_tensors_is_no_adapter(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "a.safetensors")
+    assert "holds no tensors" in refusal(tmp_path / "a.safetensors")
+
+
+def test_broken_factors_of_a_layout_of_its_own_are_named(tmp_path: Path) -> None:
+    name = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+    tensors = {"lora_controlnet": noise(1), f"{name}.up": noise(4, 3), f"{name}.down": noise(2, 4)}
+    text = refusal(save(tmp_path / "a.safetensors", tensors), CorruptFile)
+    assert f"a.safetensors: {name!r}: has factors that do not fit" in text
 
 
 @pytest.mark.parametrize(
@@ -98,6 +111,30 @@ def end(**shapes: tuple[int, ...]) -> Tensors:
         (end(lora_up__weight=(4, 2), lora_down__weight=(2, 4), dora_scale=(2, 2)), "dora_scale"),
         (end(rescale=(4, 1)), "has no oft_blocks"),
         (end(b_norm=(4,)), "b_norm"),
+        (end(alpha=(1,)), "has alpha, and nothing that it is for"),
+        (end(dora_scale=(4, 1)), "has dora_scale, and nothing that it is for"),
+        (end(lora_up__weight=(4, 0), lora_down__weight=(0, 4)), "has a tensor of F16 [4, 0]"),
+        (end(lora_up__weight=(4, 2, 3, 3), lora_down__weight=(2, 4, 3, 3)), "has a factor of F16 [4, 2, 3, 3]"),
+        (end(lora_up__weight=(4, 2), lora_down__weight=(2, 4), lora_mid__weight=(2, 2)), "has a core of F16 [2, 2]"),
+        (
+            end(lora_up__weight=(4, 2), lora_down__weight=(2, 4), dora_scale=(5, 1)),
+            "has lengths of F16 [5, 1] and 4 rows",
+        ),
+        (end(lora_up__weight=(4, 2), lora_down__weight=(2, 4), diff_b=(5,)), "has a bias of F16 [5] and 4 rows"),
+        (end(**{f"hada_{n}": s for n, s in (HADA | {"w2_a": (5, 2)}).items()}), "do not fit"),
+        (end(**{f"hada_{n}": s for n, s in (HADA | {"w2_b": (2, 9)}).items()}), "do not fit"),
+        (end(**{f"hada_{n}": s for n, s in (HADA | {"t1": (2, 2, 3, 3)}).items()}), "one core of two"),
+        (end(lokr_w1=(2, 2), lokr_w2=(2,)), "a matrix or a convolution"),
+        (end(lokr_w1=(2, 2), lokr_t2=(2, 3, 3, 3), lokr_w2_a=(2, 4), lokr_w2_b=(2, 4)), "do not fit"),
+        (end(oft_blocks=(4, 2)), "square matrices"),
+        (end(oft_blocks=(2, 2, 3)), "square matrices"),
+        (end(oft_blocks=(9, 4, 2, 2)), "9 stages of a butterfly for 8 rows"),
+        (end(oft_blocks=(2, 2, 2), rescale=(3, 1)), "has factors of F16 [3, 1] and 4 rows"),
+        (end(oft_diag=(4, 2)), "square matrices"),
+        (end(weight=(4, 4), on_input=(1,)), "one for each channel"),
+        (end(w_norm=(4,), b_norm=(5,)), "has a bias of F16 [5] and 4 rows"),
+        (end(diff=(4, 4), diff_b=(5,)), "has a bias of F16 [5] and 4 rows"),
+        (end(a1__weight=(9, 2), a2__weight=(2, 4), b1__weight=(4, 2), b2__weight=(2, 4)), "do not fit"),
         (end(**{f"{x}__weight": (2, 3) for x in ("a1", "a2", "b1", "b2")}), "do not fit"),
         (end(**{f"{x}__weight": (4, 2) for x in ("a1", "a2", "b1")}), "b2.weight"),
     ],

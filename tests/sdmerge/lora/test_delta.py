@@ -143,6 +143,15 @@ def test_as_lora_makes_the_same_change(name: str) -> None:
     assert (found - expected).norm() <= 1e-12 * expected.norm()
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_kronecker_product_with_a_core_of_any_rank_becomes_lora(rank: int) -> None:
+    torch.manual_seed(rank)
+    shapes = {"w1": (4, 6), "t2": (rank, rank, 3, 3), "w2_a": (rank, 4), "w2_b": (rank, 6)}
+    record = record_of({f"lokr_{name}": torch.randn(shape).double() for name, shape in shapes.items()})
+    found, expected = (delta(one, double).flatten(1) for one in (as_lora("module", record, (3, 3)), record))
+    assert (found - expected).norm() <= 1e-12 * expected.norm()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_as_full_makes_the_same_change(name: str) -> None:
     _, layer, tensors = made(name)

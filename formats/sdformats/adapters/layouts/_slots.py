@@ -6,11 +6,13 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from sdformats.adapters.records import LoRA
+from sdformats.adapters.shapes import checked
 from sdformats.errors import CorruptFile, UnsupportedFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sdformats.adapters.record import Record
     from sdformats.views import Ref
 
 _ATTN = ("to_q", "to_k", "to_v", "to_out.0")
@@ -45,7 +47,7 @@ def text_modules(count: int) -> tuple[str, ...]:
     return tuple(f"text_model.encoder.layers.{n}.self_attn.{name}" for n in range(count) for name in _TEXT)
 
 
-def named(component: str, pairs: Mapping[int, tuple[Ref, Ref]], where: str) -> dict[str, LoRA]:
+def named(component: str, pairs: Mapping[int, tuple[Ref, Ref]], where: str) -> dict[str, Record]:
     """Give numbered pairs of up and down their modules' names.
 
     Raises:
@@ -67,7 +69,8 @@ def named(component: str, pairs: Mapping[int, tuple[Ref, Ref]], where: str) -> d
             expected="144 or 128 for the UNet (attention, with or without GEGLU), 48, 92 or 96 for the text encoder",
         )
     return {
-        f"{component}.{path}": LoRA(up=up, down=down) for path, (up, down) in zip(paths, _in_order(pairs), strict=True)
+        f"{component}.{path}": checked(f"{component}.{path}", LoRA(up=up, down=down))
+        for path, (up, down) in zip(paths, _in_order(pairs), strict=True)
     }
 
 

@@ -17,6 +17,7 @@ from sdformats.views import Ref, Stored, reshaped
 
 if TYPE_CHECKING:
     from sdformats.adapters.fused import Fold
+    from sdformats.adapters.record import Record
 
 _NAME = re.compile(r"(\w+):(\d{1,4}):(up|down)")
 _COMPONENTS = {"unet": "unet", "text_encoder": "te1"}
@@ -42,7 +43,7 @@ def read(layout: AdapterLayout, file: AdapterFile) -> Adapter:
             embeddings[key] = {"*": ref}
         else:
             raise UnsupportedFile("is no name of the layout cloneofsimo", path=where, key=key)
-    modules: dict[str, LoRA] = {}
+    modules: dict[str, Record] = {}
     for name, numbered in halves.items():
         for number, half in numbered.items():
             if len(half) < 2:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from sdformats.adapters.adapter import Adapter
 from sdformats.adapters.layout import AdapterFile, AdapterLayout
 from sdformats.adapters.records import Full, LoRA
+from sdformats.adapters.shapes import checked
 from sdformats.errors import CorruptFile
 from sdformats.views import Ref, Stored
 
@@ -41,7 +42,7 @@ def read(_layout: AdapterLayout, file: AdapterFile) -> Adapter:
             record: Record = LoRA(up=tensors.pop("up"), down=tensors.pop("down"))
         else:
             record = Full(weight=tensors.pop("weight", None), replaces=True)
-        record = replace(record, bias=tensors.pop("bias", None))
+        record = checked(module, replace(record, bias=tensors.pop("bias", None)))
         if tensors:
             raise CorruptFile(f"has {next(iter(tensors))}", path=where, key=module, expected="up, down, weight, bias")
         modules[f"controlnet.{module}"] = record
