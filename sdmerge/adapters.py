@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sdmerge.arguments import PathLike
     from sdmerge.blocks import Weights
     from sdmerge.lora.combine import How
-    from sdmerge.lora.extract import Conv
+    from sdmerge.lora.extraction import Conv
 
 __all__ = ["bake", "extract_lora", "merge_lora", "resize_lora"]
 
@@ -95,7 +95,8 @@ def extract_lora(
     Raises:
         See `convert`.
     """
-    from sdmerge.lora.extract import Extraction, extract
+    from sdmerge.lora.extract import extract
+    from sdmerge.lora.extraction import Extraction
 
     bounded = any(one is not None for one in (rank, size, energy, error))
     first = (Path(output), limit_of(rank if bounded else _RANK, size, energy, error))

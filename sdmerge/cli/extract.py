@@ -59,7 +59,7 @@ class _Share(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gener
 @click.option("--clamp", type=float, metavar="Q", help="Cut factors at this quantile, as some scripts do (0.99).")
 @click.option("--report", type=click.Path(), metavar="FILE", help="Write each layer's rank, error and bound, as JSON.")
 @click.option("--plot", type=click.Path(), metavar="FILE", help="Paint ranks and energy over the layers, as PNG.")
-@options.output_options  # fmt: skip
+@options.extraction_options  # fmt: skip
 def extract_lora(tuned: str, base: str, no_te: bool, also: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Extract a LoRA of what a model changed over another."""
     from sdmerge import adapters as api

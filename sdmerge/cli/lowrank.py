@@ -27,7 +27,7 @@ _CHOSEN = ("output", "rank", "size", "energy", "error", "to", "report", "plot")
 @click.argument("lora", type=click.Path())
 @_limits
 @options.ADAPTER_CONFIG
-@options.output_options
+@options.combination_options
 def resize_lora(lora: str, as_json: bool, **given: Any) -> None:
     """Give an adapter smaller ranks, with the least error."""
     from sdmerge import adapters as api
@@ -47,7 +47,7 @@ def resize_lora(lora: str, as_json: bool, **given: Any) -> None:
 )
 @click.option("-p", "parameters", multiple=True, metavar="NAME=VALUE", help="A parameter of ties or dare: density=0.2.")
 @_limits
-@options.output_options
+@options.combination_options
 def merge_lora(
     adapters: tuple[str, ...], method: How, parameters: tuple[str, ...], as_json: bool, **given: Any
 ) -> None:

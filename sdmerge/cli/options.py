@@ -61,6 +61,13 @@ MODEL_CONFIG = click.option(
 QUIET = click.option("--quiet", is_flag=True, help="Say nothing but results, warnings and errors.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")
 _SAFETENSORS = click.option("-o", "--output", required=True, type=click.Path(), help="The .safetensors file to write.")
+_FILE_OR_FOLDER = click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(),
+    help="The .safetensors file to write; a folder where the model is one.",
+)
 _MISSING = click.option(
     "--missing",
     type=click.Choice(get_args(Missing)),
@@ -73,23 +80,47 @@ _HASH = click.option(
 )
 _VAE = click.option("--vae", type=click.Path(), help="Take the VAE from this file.")
 
-output_options = together(
-    click.option("--dtype", type=click.Choice(list(OUTPUT_TYPES)), default="keep", show_default=True,
-                 help="Type of the floating tensors; keep takes A's."),
-    DEVICE,
-    THREADS,
-    click.option("--overwrite", is_flag=True, help="Replace an existing output, when the new one is complete."),
-    click.option("--dry-run", is_flag=True, help="Decide everything, write nothing."),
-    click.option("--ema", type=click.Choice(get_args(Ema)), default="keep", show_default=True,
-                 help="model_ema.*: keep A's, leave them out, or use them in place of the plain weights."),
-    click.option("--overflow", type=click.Choice(get_args(Overflow)), default="refuse", show_default=True,
-                 help="Values too large for the output type."),
-    click.option("--allow-nonfinite", is_flag=True, help="Go on where an input holds NaN or infinity."),
-    FAMILY,
-    QUIET,
-    AS_JSON,
-)  # fmt: skip
-"""What every command that writes has."""
+_EMA = click.option(
+    "--ema",
+    type=click.Choice(get_args(Ema)),
+    default="keep",
+    show_default=True,
+    help="model_ema.*: keep A's, leave them out, or use them in place of the plain weights.",
+)
+
+
+def _writing(kept: str, *more: Callable[[Any], Any]) -> Callable[[F], F]:
+    """Return what every command that writes has.
+
+    Args:
+        kept: whose type it takes where none is asked for.
+        more: what some have besides.
+    """
+    return together(
+        click.option("--dtype", type=click.Choice(list(OUTPUT_TYPES)), default="keep", show_default=True,
+                     help=f"Type of the floating tensors; keep takes {kept}."),
+        DEVICE,
+        THREADS,
+        click.option("--overwrite", is_flag=True, help="Replace an existing output, when the new one is complete."),
+        click.option("--dry-run", is_flag=True, help="Decide everything, write nothing."),
+        *more,
+        click.option("--overflow", type=click.Choice(get_args(Overflow)), default="refuse", show_default=True,
+                     help="Values too large for the output type."),
+        click.option("--allow-nonfinite", is_flag=True, help="Go on where an input holds NaN or infinity."),
+        FAMILY,
+        QUIET,
+        AS_JSON,
+    )  # fmt: skip
+
+
+output_options = _writing("A's", _EMA)
+"""What every command has that writes a model."""
+
+extraction_options = _writing("fp16")
+"""What an extraction has, which makes its factors itself."""
+
+combination_options = _writing("the first adapter's")
+"""What makes an adapter of others has."""
 
 folder_options = together(
     click.option("--shard-size", metavar="SIZE", help="For diffusers folders: bytes in a file, at most, as 5GB."),
@@ -103,7 +134,7 @@ folder_options = together(
 merge_options = together(_SAFETENSORS, _MISSING, _HASH, output_options)
 """What every merge command has."""
 
-bake_options = together(_SAFETENSORS, _HASH, output_options)
+bake_options = together(_FILE_OR_FOLDER, _HASH, output_options)
 """What baking has: an output, and whether inputs are hashed."""
 
 run_options = together(_MISSING, _HASH, _VAE, output_options)

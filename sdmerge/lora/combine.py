@@ -25,7 +25,7 @@ from sdmerge.lora.budget import Limit
 from sdmerge.lora.convert import layout_for, mapped
 from sdmerge.lora.factors import Spectrum, WholeSpectrum, spectrum_of
 from sdmerge.lora.refs import fold
-from sdmerge.lora.reports import check_new, write_told
+from sdmerge.lora.reports import check_places, write_told
 from sdmerge.lora.shrink import Piece, Shrunk, shrink
 from sdmerge.lora.terms import Product, Term
 from sdmerge.lora.texts import model_texts, network_texts
@@ -117,7 +117,7 @@ def combine(wanted: Combination, target: Path, options: Options) -> Report:
         sdmerge.errors.SdmergeError: the request cannot be fulfilled.
     """
     started = time.perf_counter()
-    check_new((wanted.report, wanted.plot), options)
+    check_places((target,), (wanted.report, wanted.plot), [path for path, _ in wanted.inputs], options)
     with ExitStack() as stack:
         with no_collection():
             files = {path: stack.enter_context(open_source(path)) for path, _ in wanted.inputs}

@@ -92,7 +92,7 @@ def _planned(
     adapter = mapped(_formed(adapter, conversion, base), options)
     if conversion.allow_loss:
         adapter = _without_loss(layout, adapter, notes)
-    check_holds(layout, adapter)
+    check_holds(layout, adapter, converts=True)
     assert layout.write is not None, "check_holds refuses layouts that are only read"
     written = layout.write(layout, adapter, fold)
     sources = (opened,) if base is None else (opened, base)

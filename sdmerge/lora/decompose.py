@@ -68,8 +68,16 @@ class Found(ABC):
     @property
     def excess(self) -> float:
         """How much larger than the smallest possible the error at the largest rank is at most."""
-        left, least = self.total - self.kept(self.most), self.total - self.best
-        return math.sqrt(max(0.0, left) / least) - 1 if least > _ROUNDING * self.total and left > 0 else 0.0
+        return excess(1 - self.kept(self.most) / self.total, 1 - self.best / self.total) if self.total else 0.0
+
+
+def excess(left: float, least: float) -> float:
+    """Return how much larger an error is than the smallest possible.
+
+    Args:
+        left, least: both squared, as parts of the change's squared norm. What may be float32's rounding is none.
+    """
+    return math.sqrt(max(0.0, left) / least) - 1 if least > _ROUNDING and left > 0 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

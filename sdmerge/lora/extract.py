@@ -12,7 +12,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,16 +25,16 @@ from sdformats.tensor import DType, Spec
 from sdmerge.errors import FamilyError, RequestError
 from sdmerge.execute import no_collection
 from sdmerge.lora.convert import layout_for
-from sdmerge.lora.decompose import Core, flattened, singular_values, tucker, tucker_curve
+from sdmerge.lora.decompose import Core, excess, flattened, singular_values, tucker, tucker_curve
 from sdmerge.lora.held import Held
-from sdmerge.lora.layers import Layer, bias_of, is_noise, layers_of
+from sdmerge.lora.layers import Layer, bias_of, is_noise, layers_of, unpaired
 from sdmerge.lora.places import Places
 from sdmerge.lora.refs import fold
-from sdmerge.lora.reports import check_new, write_told
+from sdmerge.lora.reports import check_places, write_told
 from sdmerge.lora.shrink import Form, each, fitting
 from sdmerge.lora.texts import model_texts, network_texts
 from sdmerge.policy import Notes
-from sdmerge.writing import plan_of, size_of, write_out
+from sdmerge.writing import check_target, plan_of, size_of, write_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,44 +45,9 @@ if TYPE_CHECKING:
     from sdmerge.execute import Report
     from sdmerge.lora.budget import Limit
     from sdmerge.lora.decompose import Found
+    from sdmerge.lora.extraction import Extraction
     from sdmerge.lora.shrink import SizeOf
     from sdmerge.options import Options
-
-Conv = Literal["flat", "tucker"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extraction:
-    """What is to be extracted.
-
-    Attributes:
-        tuned, base: the models.
-        outputs: where to write, each with its bound on the ranks.
-        conv_rank: the rank of convolutions wider than a pixel, where it is another.
-        conv: what such convolutions become: ``flat``, two factors; ``tucker``, thin factors and a core where that is smaller.
-        to: the layout; None: the usual one of the family, or LyCORIS's, which has a place for cores.
-        tolerance: how much larger than the smallest possible a layer's error may be.
-        text_encoders: whether they are looked at.
-        clamp: cut factors at this quantile of their magnitudes, as some scripts do; None: not at all.
-        report: where to write what became of each layer, as JSON.
-        plot: where to paint ranks and errors over the layers.
-    """
-
-    tuned: Path
-    base: Path
-    outputs: tuple[tuple[Path, Limit], ...]
-    conv_rank: int | None = None
-    conv: Conv = "flat"
-    to: str | None = None
-    tolerance: float = 0.01
-    text_encoders: bool = True
-    clamp: float | None = None
-    report: Path | None = None
-    plot: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.conv not in get_args(Conv):
-            raise RequestError(f"conv is {self.conv!r} (expected one of {', '.join(get_args(Conv))})")
 
 
 @dataclass(frozen=True)
@@ -118,10 +83,14 @@ class _Work:
         """The type of the factors."""
         return self.options.output_type or DType.F16
 
-    def run(self) -> list[tuple[Adapter, dict[str, _Choice]]]:
-        """Return an adapter for each output, and what was chosen for it; `found` keeps what the layers gave."""
-        every = list(layers_of(self.tuned, self.base, text_encoders=self.wanted.text_encoders))
+    def run(self) -> list[tuple[Adapter, dict[str, Any]]]:
+        """Return an adapter for each output, and what is told of it."""
+        both = {"text_encoders": self.wanted.text_encoders}
+        every = list(layers_of(self.tuned, self.base, **both))
+        for path, places in unpaired(self.tuned, self.base, **both):
+            self.notes.add(f"in {places.source.path.name} alone, so nothing to compare", path)
         matrices = {layer.path: layer for layer in every if len(layer.shape) > 1 and ".embeddings." not in layer.path}
+        self._check_targets(matrices)
         spectra = self._spectra(matrices) if any(not limit.rank for _, limit in self.wanted.outputs) else {}
         sides = self._sides(every)
         chosen = [
@@ -133,7 +102,19 @@ class _Work:
             said = "unchanged" if why == "unchanged" else "left out: its change is the rounding of the files' types"
             self.notes.add(said, path)
         outputs = zip(chosen, self.wanted.outputs, strict=True)
-        return [(self._adapter(one, sides, path), one) for one, (path, _) in outputs]
+        return [
+            (self._adapter(one, sides, path), self._described(one, matrices, spectra)) for one, (path, _) in outputs
+        ]
+
+    def _check_targets(self, layers: Mapping[str, Layer]) -> None:
+        """Refuse names that are none for the layout's containers before there is work that would be lost."""
+        naming, write, family = self.layout.naming, self.layout.write, self.tuned.family
+        plain = (path for path, layer in layers.items() if layer.kernel == 1)
+        path = next((path for path in plain if naming is not None and naming.module(path, family)), None)
+        if path is not None and write is not None:
+            one = Adapter({path: self._form(layers[path]).placeholder(1, 1)}, family=family)
+            for target, _ in self.wanted.outputs:
+                check_target(target, write(self.layout, one, fold))
 
     def _each(self, layers: Mapping[str, Layer], label: str, work: Callable[[Layer], None]) -> None:
         # The largest layers first: the last ones to end are small, and no thread waits long for another.
@@ -266,9 +247,9 @@ class _Work:
         }
         if not loras and not sides:
             raise RequestError(f"{self.wanted.tuned}: nothing changed over {self.wanted.base} but rounding")
-        return self._described(_joined(loras, sides), target)
+        return self._with_texts(_joined(loras, sides), target)
 
-    def _described(self, modules: Mapping[str, Record], target: Path) -> Adapter:
+    def _with_texts(self, modules: Mapping[str, Record], target: Path) -> Adapter:
         """Return an adapter with its metadata."""
         family, models = self.tuned.family, {"tuned": self.wanted.tuned.name, "base": self.wanted.base.name}
         texts = model_texts(family, target.stem, self._prediction())
@@ -291,30 +272,55 @@ class _Work:
         return self.layout.write(self.layout, adapter, fold)
 
     def _bytes(self, sides: Mapping[str, Record], target: Path, loras: Mapping[str, LoRA]) -> int:
-        return size_of(self.written(self._described(_joined(loras, sides), target)))
+        return size_of(self.written(self._with_texts(_joined(loras, sides), target)))
 
-    def described(self, chosen: Mapping[str, _Choice]) -> dict[str, Any]:
+    def _described(
+        self, chosen: Mapping[str, _Choice], layers: Mapping[str, Layer], spectra: Mapping[str, _Spectrum]
+    ) -> dict[str, Any]:
         """Return what became of each layer of an output, for the report."""
-        layers: dict[str, dict[str, Any]] = {}
-        for path in self.found:
-            if choice := chosen.get(path):
+        told: dict[str, dict[str, Any]] = {}
+        for path in layers:
+            spectrum = spectra.get(path)
+            if path in self.found and (choice := chosen.get(path)):
                 found = self._of(path, choice)
                 error = found.error(choice.rank)
-                layers[path] = {
+                told[path] = {
                     "rank": choice.rank,
                     "norm": math.sqrt(found.total),
                     "energy": 1 - error**2,
                     "error": error,
-                    "excess_at_most": found.excess,
+                    "excess_at_most": _excess(found, choice.rank, spectrum),
                     "method": found.method,
                 }
-        left = math.fsum((one["norm"] * one["error"]) ** 2 for one in layers.values())
-        total = math.fsum(one["norm"] ** 2 for one in layers.values())
+            elif spectrum is not None:
+                norm = float(spectrum.flat.double().norm())
+                told[path] = {"rank": 0, "norm": norm, "energy": 0.0, "error": 1.0, "excess_at_most": 0.0}
+        left = math.hypot(*(one["norm"] * one["error"] for one in told.values()))
+        total = math.hypot(*(one["norm"] for one in told.values()))
         return {
-            "error": math.sqrt(left / total) if total else 0.0,
-            "layers": layers,
+            "error": left / total if total else 0.0,
+            "layers": told,
             "left_out": dict(sorted(self.quiet.items())),
         }
+
+    def noted(self, told: Mapping[str, Any]) -> Notes:
+        """Return the notes of an output."""
+        notes = Notes()
+        notes.take(self.notes.lines())
+        kept = sum(one["rank"] > 0 for one in told["layers"].values())
+        notes.add(f"relative error {told['error']:.4g} over {kept:,} layers, as {self.layout.name}")
+        for path, one in told["layers"].items():
+            if not one["rank"]:
+                notes.add("left out, as the size has no room for it", path)
+        return notes
+
+
+def _excess(found: Found, rank: int, spectrum: _Spectrum | None) -> float:
+    """Return how much larger than the smallest possible an error is at most, at the rank of one output of several."""
+    if rank == found.most or spectrum is None:
+        return found.excess
+    squares = spectrum.flat.double().square()
+    return excess(found.error(rank) ** 2, float(squares[rank:].sum() / squares.sum()))
 
 
 def _joined(loras: Mapping[str, LoRA], sides: Mapping[str, Record]) -> dict[str, Record]:
@@ -352,7 +358,12 @@ def extract(wanted: Extraction, options: Options) -> list[Report]:
         sdmerge.errors.SdmergeError: the request cannot be fulfilled.
     """
     started = time.perf_counter()
-    check_new((wanted.report, wanted.plot, *(target for target, _ in wanted.outputs)), options)
+    targets = [target for target, _ in wanted.outputs]
+    check_places(targets, (wanted.report, wanted.plot), (wanted.tuned, wanted.base), options)
+    if options.ema != "keep":
+        raise RequestError(
+            f"ema is {options.ema}, and plain weights are extracted (convert the model with --ema use, and extract from that)"
+        )
     with ExitStack() as stack:
         with no_collection():
             sources = [stack.enter_context(open_source(path)) for path in (wanted.tuned, wanted.base)]
@@ -366,15 +377,13 @@ def extract(wanted: Extraction, options: Options) -> list[Report]:
         if wanted.conv == "tucker" and "tucker" not in layout.holds:
             ways = ways_out(frozenset({"lora", "locon", "tucker"}), tuned.family)
             raise CannotHold(f"the layout {layout.name} has no place for the cores of Tucker's form", advice=ways)
+        check_holds(layout, Adapter({}, family=tuned.family))
         work = _Work(wanted, options, tuned, base, layout)
-        made = work.run()
-        told = work.described(made[0][1])
-        work.notes.add(f"relative error {told['error']:.4g} over {len(told['layers']):,} layers, as {layout.name}")
-        reports = []
-        for (adapter, _), (target, _) in zip(made, wanted.outputs, strict=True):
+        reports, made = [], work.run()
+        for (adapter, told), target in zip(made, targets, strict=True):
             written = work.written(adapter)
-            plan = plan_of(written, tuple(sources), tuned.family, work.notes)
+            plan = plan_of(written, tuple(sources), tuned.family, work.noted(told))
             reports.append(write_out(plan, written, target, options, started, "writing"))
     if not options.dry_run:
-        write_told(told, wanted.report, wanted.plot)
+        write_told(made[0][1], wanted.report, wanted.plot)
     return reports

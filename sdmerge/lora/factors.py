@@ -40,7 +40,7 @@ def spectrum_of(up: Tensor, down: Tensor) -> Spectrum:
         down: (r, n).
     """
     if 2 * up.shape[1] > min(up.shape[0], down.shape[1]):
-        return WholeSpectrum(up @ down)
+        return WholeSpectrum(up @ down, up.shape[1])
     return FactoredSpectrum(up, down)
 
 
@@ -68,13 +68,18 @@ class FactoredSpectrum(Spectrum):
 
 
 class WholeSpectrum(Spectrum):
-    """Of a matrix, by the Gram matrix of its smaller side."""
+    """Of a matrix, by the Gram matrix of its smaller side.
 
-    def __init__(self, matrix: Tensor) -> None:
+    Args:
+        matrix: (m, n), float32 or float64.
+        rank: what its rank is at most, where that is known.
+    """
+
+    def __init__(self, matrix: Tensor, rank: int | None = None) -> None:
         self._tall = matrix.shape[0] > matrix.shape[1]
         self._matrix = matrix.T if self._tall else matrix
         values, self._vectors = _eigen(_gram(self._matrix))
-        self.sigma = torch.where(values > _NOTHING * values.sum(), values, 0).sqrt()
+        self.sigma = torch.where(values > _NOTHING * values.sum(), values, 0)[:rank].sqrt()
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
         sigma, left = self.sigma[:rank], self._vectors[:, :rank]

@@ -12,7 +12,7 @@ import torch
 from sdformats.adapters import names
 from sdformats.tensor import DType
 from sdformats.views import Stored, rows
-from sdmerge.errors import MismatchError
+from sdmerge.errors import MismatchError, NonFiniteInput
 from sdmerge.lora.refs import value
 
 if TYPE_CHECKING:
@@ -67,11 +67,21 @@ class Layer:
         """Read both weights; return what changed, in float32, and how large the rounding of their types alone may make it.
 
         The second is an expected squared norm: each stored number is off by half a step at most.
+
+        Raises:
+            NonFiniteInput: a weight holds NaN or infinity, and so has no singular values.
         """
-        both = [value(ref).float() for ref in (self.tuned, self.base)]
+        refs = (self.tuned, self.base)
+        both = [value(ref).float() for ref in refs]
+        norms = [squared_norm(weight) for weight in both]
+        for ref, norm in zip(refs, norms, strict=True):
+            if not math.isfinite(norm):
+                stored = next(ref.stored())
+                raise NonFiniteInput(
+                    f"{stored.source.path}: {stored.key!r}: holds NaN or infinity, which has no singular values; repair the model"
+                )
         noise = sum(
-            _ROUNDING * _STEPS.get(ref.spec.dtype, 0.0) ** 2 * squared_norm(weight)
-            for ref, weight in zip((self.tuned, self.base), both, strict=True)
+            _ROUNDING * _STEPS.get(ref.spec.dtype, 0.0) ** 2 * norm for ref, norm in zip(refs, norms, strict=True)
         )
         change = both[0].sub_(both[1])
         change = change.T if self.place.transposed else change
@@ -110,6 +120,14 @@ def layers_of(tuned: Places, base: Places, *, text_encoders: bool) -> Iterator[L
                 f"{one.weight!r}: is {refs[0].spec} in {tuned.source.path.name} and {refs[1].spec} in {base.source.path.name}"
             )
         yield layer
+
+
+def unpaired(tuned: Places, base: Places, *, text_encoders: bool) -> Iterator[tuple[str, Places]]:
+    """Yield the modules that only one of the models has, and which of them."""
+    for path in _paths(tuned.family, text_encoders=text_encoders):
+        there = [places for places in (tuned, base) if places.find(path) is not None]
+        if len(there) == 1:
+            yield path, there[0]
 
 
 def _paths(family: str | None, *, text_encoders: bool) -> Iterator[str]:

@@ -196,8 +196,10 @@ def fitting(
     """Return ranks whose whole file is no larger than `size`: names and what is fused take their part of it.
 
     Raises:
-        RequestError: the size is too small for anything.
+        RequestError: the size is too small for anything, or there is nothing.
     """
+    if not any(bool(sigma.any()) for sigma in spectra.values()):
+        raise RequestError("all changes are zeros, of which no size keeps anything (give a rank)")
     costs = {path: forms[path].costs(spectra[path].numel()) for path in spectra}
     found: dict[str, int] | None = None
     low, high, room = 0, size + 1, size  # bytes of factors that fit, that do not, and that are tried

@@ -116,7 +116,8 @@ class Aesthetic(TrainingMethod):
         from pathlib import Path
 
         from sdmerge.lora.budget import Limit
-        from sdmerge.lora.extract import Extraction, extract
+        from sdmerge.lora.extract import extract
+        from sdmerge.lora.extraction import Extraction
         from sdmerge.options import Options
         from sdmerge.train.saving import save_model
 

@@ -110,8 +110,13 @@ def more(items: list[str]) -> str:
     return f", nor are {len(items) - 1:,} more" if len(items) > 1 else ""
 
 
-def check_holds(layout: AdapterLayout, adapter: Adapter) -> None:
+def check_holds(layout: AdapterLayout, adapter: Adapter, *, converts: bool = False) -> None:
     """Refuse what a layout has no place for.
+
+    Args:
+        layout: what is to be written.
+        adapter: what is to be in it.
+        converts: whether the request is a conversion, which has options for other forms and for losses.
 
     Raises:
         CannotHold: naming modules and algorithm, and the way out.
@@ -137,8 +142,9 @@ def check_holds(layout: AdapterLayout, adapter: Adapter) -> None:
         by_need["embeddings"] = list(adapter.embeddings)
     for need, paths in sorted(by_need.items()):
         raise CannotHold(
-            f"{len(paths):,} modules have {need}, which the layout {layout.name} cannot hold: {listed(paths)}",
-            advice=f"{_other_form(need)}--allow-loss leaves them out; {ways_out(_needs(adapter), adapter.family)}",
+            f"{len(paths):,} {'module has' if len(paths) == 1 else 'modules have'} {need}, which the layout {layout.name} cannot hold: {listed(paths)}",
+            advice=(f"{_other_form(need)}--allow-loss leaves them out; " if converts else "")
+            + ways_out(_needs(adapter), adapter.family),
         )
 
 
