@@ -89,7 +89,7 @@ class _Work:
         every = list(layers_of(self.tuned, self.base, **both))
         for path, places in unpaired(self.tuned, self.base, **both):
             self.notes.add(f"in {places.source.path.name} alone, so nothing to compare", path)
-        matrices = {layer.path: layer for layer in every if len(layer.shape) > 1 and ".embeddings." not in layer.path}
+        matrices = {layer.path: layer for layer in every if len(layer.shape) > 1 and not layer.is_embedding}
         self._check_targets(matrices)
         spectra = self._spectra(matrices) if any(not limit.rank for _, limit in self.wanted.outputs) else {}
         sides = self._sides(every)
@@ -209,9 +209,9 @@ class _Work:
         sides: dict[str, Record] = {}
         for layer in every:
             path = layer.path
-            if len(layer.shape) == 1 and (change := _beyond_noise(layer)) is not None:
+            if len(layer.shape) == 1 and not layer.is_embedding and (change := _beyond_noise(layer)) is not None:
                 self._side(sides, path, Norm(weight=self._held(change)), "norm")
-            if ".embeddings." in path and len(layer.shape) > 1 and _beyond_noise(layer) is not None:
+            if layer.is_embedding and _beyond_noise(layer) is not None:
                 self.notes.add("changed, and no part of a LoRA", path)
             both = bias_of(self.tuned, self.base, layer)
             if both is None or (change := _beyond_noise(replace(layer, tuned=both[0], base=both[1]))) is None:

@@ -40,18 +40,24 @@ class Layer:
     Attributes:
         path: its name.
         tuned, base: its weight in each: the rows that are the module, to be read.
-        place: where it is in the tuned model.
+        place, base_place: where it is in each; one may be transposed, or have its halves the other way round, and the other not.
     """
 
     path: str
     tuned: Ref
     base: Ref
     place: Place
+    base_place: Place
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The weight's, (out, in[, kh, kw]) or (channels,)."""
-        return self.tuned.shape[::-1] if self.place.transposed else self.tuned.shape
+        return _shape(self.tuned, self.place)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether its rows are words or positions: no program puts a LoRA there."""
+        return ".embeddings." in self.path or self.path.endswith((".shared", ".relative_attention_bias"))
 
     @property
     def columns(self) -> int:
@@ -72,7 +78,7 @@ class Layer:
             NonFiniteInput: a weight holds NaN or infinity, and so has no singular values.
         """
         refs = (self.tuned, self.base)
-        both = [value(ref).float() for ref in refs]
+        both = [_upright(value(ref), place) for ref, place in zip(refs, (self.place, self.base_place), strict=True)]
         norms = [squared_norm(weight) for weight in both]
         for ref, norm in zip(refs, norms, strict=True):
             if not math.isfinite(norm):
@@ -83,11 +89,18 @@ class Layer:
         noise = sum(
             _ROUNDING * _STEPS.get(ref.spec.dtype, 0.0) ** 2 * norm for ref, norm in zip(refs, norms, strict=True)
         )
-        change = both[0].sub_(both[1])
-        change = change.T if self.place.transposed else change
-        if self.place.swapped:
-            change = change.roll(change.shape[0] // 2, 0)
-        return change, noise
+        return both[0].sub_(both[1]), noise
+
+
+def _shape(ref: Ref, place: Place) -> tuple[int, ...]:
+    return ref.shape[::-1] if place.transposed else ref.shape
+
+
+def _upright(stored: Tensor, place: Place) -> Tensor:
+    """Return a weight or bias as the module has it, in float32."""
+    weight = stored.float()
+    weight = weight.T if place.transposed else weight
+    return weight.roll(weight.shape[0] // 2, 0) if place.swapped else weight
 
 
 def squared_norm(values: Tensor) -> float:
@@ -114,8 +127,8 @@ def layers_of(tuned: Places, base: Places, *, text_encoders: bool) -> Iterator[L
         if one is None or other is None:
             continue
         refs = [_rows(places, place) for places, place in ((tuned, one), (base, other))]
-        layer = Layer(path, refs[0], refs[1], one)
-        if refs[0].shape != refs[1].shape or one.transposed != other.transposed:
+        layer = Layer(path, refs[0], refs[1], one, other)
+        if layer.shape != _shape(refs[1], other):
             raise MismatchError(
                 f"{one.weight!r}: is {refs[0].spec} in {tuned.source.path.name} and {refs[1].spec} in {base.source.path.name}"
             )

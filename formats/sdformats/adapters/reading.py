@@ -141,8 +141,9 @@ def check_holds(layout: AdapterLayout, adapter: Adapter, *, converts: bool = Fal
     if adapter.embeddings and "embeddings" not in layout.holds:
         by_need["embeddings"] = list(adapter.embeddings)
     for need, paths in sorted(by_need.items()):
+        many = "module has" if len(paths) == 1 else "modules have"
         raise CannotHold(
-            f"{len(paths):,} {'module has' if len(paths) == 1 else 'modules have'} {need}, which the layout {layout.name} cannot hold: {listed(paths)}",
+            f"{len(paths):,} {many} {need}, which the layout {layout.name} cannot hold: {listed(paths)}",
             advice=(f"{_other_form(need)}--allow-loss leaves them out; " if converts else "")
             + ways_out(_needs(adapter), adapter.family),
         )

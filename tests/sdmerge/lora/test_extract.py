@@ -18,6 +18,7 @@ from sdmerge.errors import FamilyError, MismatchError, RequestError
 from sdmerge.lora.delta import delta
 from sdmerge.lora.refs import value
 from tests.sdmerge import toys
+from tests.sdmerge.lora import families
 from tests.sdmerge.lora.records import numbers
 
 if TYPE_CHECKING:
@@ -309,3 +310,31 @@ def test_a_size_counts_norms_and_biases_and_is_filled(size: int, tmp_path: Path)
     with open_source(out) as source:
         modules = open_adapter(source)[0].modules
     assert modules[PATHS[TO_Q]].bias is not None
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("folder_first", [True, False])
+def test_a_folder_and_a_single_file_are_compared_as_one_model(
+    family: str, *, folder_first: bool, tmp_path: Path
+) -> None:
+    """OpenCLIP's projection is transposed in one, and the last layer's halves are the other way round."""
+    base = families.tensors(family, torch.float32)
+    torch.manual_seed(1)
+    tuned = {name: t + torch.randn(t.shape) * 0.02 if t.dim() > 1 and t.shape[0] > 4 else t for name, t in base.items()}
+    whole, part = (tuned, base) if folder_first else (base, tuned)
+    files = [families.folder(tmp_path / "folder", whole), families.single(tmp_path / "one.safetensors", family, part)]
+    out = tmp_path / "l.safetensors"
+    notes = sdmerge.extract_lora(*(files if folder_first else files[::-1]), out, rank=99, dtype="fp32")[0].notes
+    components = {"transformer": "unet", "text_encoder": "te1", "text_encoder_2": "te3" if family == "flux" else "te2"}
+    components |= {"text_encoder_3": "te3", "unet": "unet"}
+    changes = {}
+    for name, tensor in tuned.items():
+        component, _, key = name.removesuffix(".weight").partition(".")
+        changes[f"{components[component]}.{key}"] = tensor.double() - base[name].double()
+    found = extracted(out)
+    assert len(found) > 60
+    for path, change in found.items():
+        expected = changes[path].flatten(1)
+        assert (change.flatten(1) - expected).norm() <= 1e-4 * expected.norm(), path
+    assert not any("shared" in path or "embeddings" in path or "attention_bias" in path for path in found)
+    assert any(note.startswith("changed, and no part of a LoRA: ") for note in notes)
