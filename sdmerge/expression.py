@@ -61,8 +61,8 @@ class InTiles(Protocol):
     """Which of the step's reads is added to."""
 
     @property
-    def light(self) -> bool:
-        """Whether nothing of that tensor's size is made beside it."""
+    def beside(self) -> int | None:
+        """Bytes that it takes beside pieces of that tensor; None where others of its size are among them."""
 
     def prepare(self, tensors: Sequence[Tensor], memory: Memory) -> Change:
         """Return what is added.

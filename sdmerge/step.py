@@ -68,9 +68,10 @@ class Step:
     def memory(self) -> int:
         """Bytes that computing it as a whole takes, roughly: the tensors as stored, and two of them in float32.
 
-        What works in tiles and makes nothing of the tensor's size takes only the first.
+        What adds to a tensor in pieces says itself what it takes beside them; see `sdmerge.expression.InTiles`.
         """
-        return self.cost + (0 if getattr(self.compute, "light", False) else 8 * self.spec.numel)
+        beside = getattr(self.compute, "beside", None)
+        return self.cost + 8 * self.spec.numel if beside is None else int(beside)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from sdmerge.dtypes import TORCH
+
+_ALIGNMENT = 64
+"""Bytes that pieces of memory begin at multiples of: a line of the cache, and the longest vector."""
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,32 +68,37 @@ def fresh(nbytes: int) -> Tensor:
 
 
 class Pool:
-    """Memory for whole tensors, used again by all threads: a large piece from the system is cleared page by page first."""
+    """Memory for whole tensors, used again by all threads: a large piece from the system is cleared page by page first.
+
+    What is done with a tensor takes one slab, and gets all its pieces from it, one after the other.
+    """
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
-        """In order of size."""
+        """Slabs in order of size."""
         self._lock = threading.Lock()
 
     @contextmanager
-    def lend(self) -> Iterator[Memory]:
-        """Yield a function that gives out pieces. All come back in the end."""
-        lent: list[Tensor] = []
+    def lend(self, expected: int) -> Iterator[Memory]:
+        """Yield a function that gives out pieces, `expected` bytes in all or some more, which come back in the end."""
+        slab, used = self._take(expected), 0
 
         def memory(nbytes: int) -> Tensor:
-            lent.append(self._take(nbytes))
-            return lent[-1][:nbytes]
+            nonlocal used
+            start, used = used, used + -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            return slab[start : start + nbytes] if used <= slab.numel() else fresh(nbytes)
 
         yield memory
-        with self._lock:  # what an error interrupts may be in use still
-            self._free = sorted([*self._free, *lent], key=Tensor.numel)
+        if used > slab.numel():
+            slab = fresh(used)  # the next tensor of this size finds enough
+        with self._lock:  # not after an error: what it interrupted may be in use still
+            insort(self._free, slab, key=Tensor.numel)
 
-    def _take(self, nbytes: int) -> Tensor:
-        """Return at least `nbytes` bytes: the smallest free piece that holds them, or a new one."""
+    def _take(self, expected: int) -> Tensor:
+        """Return the smallest slab that is large enough; a new one takes the place of the largest where none is."""
         with self._lock:
-            best = bisect_left(self._free, nbytes, key=Tensor.numel)
-            if best < len(self._free):
-                return self._free.pop(best)
-            if self._free:  # the one that comes nearest makes way
-                del self._free[-1]
-        return fresh(nbytes)
+            fits = bisect_left(self._free, expected, key=Tensor.numel)
+            if fits < len(self._free):
+                return self._free.pop(fits)
+            del self._free[-1:]
+        return fresh(expected)

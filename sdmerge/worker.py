@@ -37,6 +37,8 @@ BAND = 1 << 20
 """Elements of the rows of a matrix that are read, changed and written at a time."""
 LEAST_ROWS = 128
 """The fewest such rows, where there are as many: factors are gone through once for all of them."""
+FOR_BANDS = 32 << 20
+"""Bytes that are kept for them, or less: what is not used of memory takes none."""
 TILE = 1 << 12
 """Most columns of a tile of a matrix that is added to."""
 TILE_SIZE = 1 << 19
@@ -226,7 +228,7 @@ class Worker:
     def _whole(self, group: Group) -> None:
         """Whole tensors, scaled where they are fp8 with a factor. Memory is what the tensors take."""
         in_bands = _read_in_bands(group)
-        with self._job.pool.lend() as memory:
+        with self._job.pool.lend(group[0].step.memory + FOR_BANDS) as memory:
             values = [
                 torch.empty(read.spec.shape, dtype=TORCH[read.spec.dtype], device="meta")
                 if i == in_bands
@@ -333,7 +335,7 @@ class Worker:
 def _read_in_bands(group: Group) -> int | None:
     """Return which read of a step can be read piece by piece, because it is only added to; None for none."""
     step = group[0].step
-    if len(group) > 1 or not isinstance(step.compute, InTiles) or not step.compute.light:
+    if len(group) > 1 or not isinstance(step.compute, InTiles) or step.compute.beside is None:
         return None
     index = step.compute.index
     read = step.reads[index]

@@ -201,9 +201,12 @@ class Baked:
     propagates = True
 
     @property
-    def light(self) -> bool:
-        """See `sdmerge.expression.InTiles`."""
-        return all(one.thin or in_rows(one) for one in self.added)
+    def beside(self) -> int | None:
+        """See `sdmerge.expression.InTiles`: factors, as stored and in float32."""
+        if not all(one.thin or in_rows(one) for one in self.added):
+            return None
+        specs = [stored.spec for stored, _ in self.stored]
+        return sum(spec.nbytes + torch.float32.itemsize * spec.numel for spec in specs)
 
     def __call__(self, tensors: Sequence[Tensor], _start: int) -> Tensor:
         """Compute the whole tensor."""
