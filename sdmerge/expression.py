@@ -61,7 +61,7 @@ class InTiles(Protocol):
     """Which of the step's reads is added to."""
 
     @property
-    def beside(self) -> int | None:
+    def room(self) -> int | None:
         """Bytes that it takes beside pieces of that tensor; None where others of its size are among them."""
 
     def prepare(self, tensors: Sequence[Tensor], memory: Memory) -> Change:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sdformats.tensor import TensorSource
     from sdmerge.blocks import Table
     from sdmerge.expression import Expression
-    from sdmerge.lora.bake import Contribution, Contributions
+    from sdmerge.lora.contributions import Contribution, Contributions
     from sdmerge.options import Options
     from sdmerge.recipe import Merge, Recipe
 
@@ -104,17 +104,19 @@ def _baking(
             continue
         from sdformats.hypernetwork import Hypernetwork
         from sdmerge.hypernetworks import check_plain
-        from sdmerge.lora.bake import contributions, strength_of
+        from sdmerge.lora.contributions import contributions, strength_of
 
         view = views[model.id]
         added = [(adapters[one.id][1], strength_of(one.strength, blocks)) for one in model.adapters]
-        found[model] = contributions(view.source, options.family or view.detection.family, added)
+        found[model], counts = contributions(view.source, options.family or view.detection.family, added)
         for one, (adapter, _) in zip(model.adapters, added, strict=True):
             if isinstance(adapter, Hypernetwork):
                 check_plain(view)
                 what = f"a linear hypernetwork of {len(adapter.networks)} widths folded"
             else:
-                what = f"{len(adapter.modules):,} modules baked"
+                count = counts[id(adapter)]
+                of_all = "" if count == len(adapter.modules) else f" of {len(adapter.modules):,}"
+                what = f"{count:,}{of_all} modules baked"
             notes.add(f"{one.id}: {what} into {model.id}")
             for note in adapter.notes:
                 notes.add(f"{one.id}: {note}")

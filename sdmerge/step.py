@@ -70,8 +70,8 @@ class Step:
 
         What adds to a tensor in pieces says itself what it takes beside them; see `sdmerge.expression.InTiles`.
         """
-        beside = getattr(self.compute, "beside", None)
-        return self.cost + 8 * self.spec.numel if beside is None else int(beside)
+        room = getattr(self.compute, "room", None)
+        return self.cost + 8 * self.spec.numel if room is None else int(room)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -139,6 +139,23 @@ class _Sums:
         return [one for (one, _), good in zip(self._outputs, finite, strict=True) if not good]
 
 
+@dataclass(frozen=True, slots=True)
+class _Addition:
+    """What is added to a matrix.
+
+    Attributes:
+        step: reads nothing but the matrix.
+        change: what is added.
+        tile: memory for a tile of it.
+        faults: counts what is not finite in the tensors that the change is made of, and refuses it where it may not be.
+    """
+
+    step: Step
+    change: Change
+    tile: Tensor
+    faults: Callable[[], int]
+
+
 class Worker:
     """A thread's own buffers, and what it does with a block."""
 
@@ -256,46 +273,51 @@ class Worker:
     def _in_tiles(self, target: Target, compute: InTiles, values: list[Tensor], memory: Memory) -> None:
         """Add its change to what is stored, some rows at a time: in one pass where there is one, else tile by tile."""
         weight = values[compute.index]
-        change = compute.prepare(values, memory)
         flat = weight.reshape(weight.shape[0], -1)
         height, width, dtype = *flat.shape, TORCH[target.step.spec.dtype]
-        step = replace(target.step, reads=(target.step.reads[compute.index],))
+        others = list(zip(target.step.reads, values, strict=True))
+        read, _ = others.pop(compute.index)
         rows = max(1, min(max(LEAST_ROWS, BAND // max(1, width)), height))
-        read = memory(rows * width * flat.dtype.itemsize) if flat.is_meta else None
+        buffer = memory(rows * width * flat.dtype.itemsize) if flat.is_meta else None
         results = memory(rows * width * dtype.itemsize).view(dtype)
-        tile = memory(max(TILE_SIZE, width) * WIDEST)
+        addition = _Addition(
+            replace(target.step, reads=(read,)),
+            compute.prepare(values, memory),
+            memory(max(TILE_SIZE, width) * WIDEST),
+            cache(lambda: sum(self._job.count_nonfinite(*other) for other in others)),
+        )
         for row in range(0, height if flat.numel() else 0, rows):
             stored = flat[row : row + rows]
-            if read is not None:
-                stored = part_of(step.reads[0], row * width, stored.shape, read)
+            if buffer is not None:
+                stored = part_of(read, row * width, stored.shape, buffer)
             out = results[: stored.numel()].view(stored.shape)
-            if self._rounding is not None or not change.add(stored, out, row):
-                self._fill_band(step, change, stored, out, row, tile)
-            target.sink.write(step.name, row * width * dtype.itemsize, as_bytes(out))
+            if self._rounding is not None or not addition.change.add(stored, out, row):
+                self._fill_band(addition, stored, out, row)
+            target.sink.write(target.step.name, row * width * dtype.itemsize, as_bytes(out))
 
-    def _fill_band(self, step: Step, change: Change, stored: Tensor, out: Tensor, row: int, memory: Tensor) -> None:
+    def _fill_band(self, addition: _Addition, stored: Tensor, out: Tensor, row: int) -> None:
         """Make one tile of the change after the other, and add it to what is stored while it is in the cache."""
         height, width = stored.shape
         # Random numbers are drawn in the order of the elements, which whole rows are in.
-        whole_rows = change.whole_rows or self._rounding is not None
+        whole_rows = addition.change.whole_rows or self._rounding is not None
         columns = width if whole_rows else min(TILE, width)
         rows = max(1, min(TILE_SIZE // columns, height))
-        tiles = memory.view(cast.accumulator(stored.dtype))
+        tiles = addition.tile.view(cast.accumulator(stored.dtype))
         for top in range(0, height, rows):
             for left in range(0, width, columns):
                 part = stored[top : top + rows, left : left + columns]
                 tile = tiles[: part.numel()].view(part.shape)
-                change.fill(tile, row + top, left)
+                addition.change.fill(tile, row + top, left)
                 place = out[top : top + rows, left : left + columns]
-                self._end_tile(step, part, tile, place, (row + top) * width + left)
+                self._end_tile(addition, part, tile, place, (row + top) * width + left)
 
-    def _end_tile(self, step: Step, stored: Tensor, change: Tensor, place: Tensor, start: int) -> None:
+    def _end_tile(self, addition: _Addition, stored: Tensor, change: Tensor, place: Tensor, start: int) -> None:
         """Add what is stored to its change, check, and round into place: in one pass where native code can and all is well."""
         if self._rounding is None and native.combine_into([(1.0, stored), (1.0, change)], place):
             return
         tile = change.add_(stored)
-        self._check(step, [stored], tile, place.dtype)
-        place.copy_(self._round(step, tile, torch.empty(tile.shape, dtype=place.dtype), start))
+        self._check(addition.step, [stored], tile, place.dtype, addition.faults)
+        place.copy_(self._round(addition.step, tile, torch.empty(tile.shape, dtype=place.dtype), start))
 
     def _at_once(self, target: Target, values: list[Tensor]) -> None:
         step = target.step
@@ -320,10 +342,17 @@ class Worker:
             result = result.clamp(-top, top)
         return rounding.stochastic(result, out, philox.key(self._rounding, f"{step.name}: rounding"), start)
 
-    def _check(self, step: Step, values: list[Tensor], result: Tensor, dtype: torch.dtype) -> None:
-        """Look for NaN, infinity and overflow: one cheap reduction where all is well."""
+    def _check(
+        self,
+        step: Step,
+        values: list[Tensor],
+        result: Tensor,
+        dtype: torch.dtype,
+        faults: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """Look for NaN, infinity and overflow: one cheap reduction where all is well. `faults`: see `_Addition`."""
         suspicious = not bounded(result, dtype)
-        bad = 0
+        bad = faults() if suspicious else 0
         if suspicious or not step.propagates:
             for read, value in zip(step.reads, values, strict=True):
                 if suspicious or not bounded(value.to(result.dtype), torch.float32):
@@ -335,7 +364,7 @@ class Worker:
 def _read_in_bands(group: Group) -> int | None:
     """Return which read of a step can be read piece by piece, because it is only added to; None for none."""
     step = group[0].step
-    if len(group) > 1 or not isinstance(step.compute, InTiles) or step.compute.beside is None:
+    if len(group) > 1 or not isinstance(step.compute, InTiles) or step.compute.room is None:
         return None
     index = step.compute.index
     read = step.reads[index]

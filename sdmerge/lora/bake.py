@@ -1,4 +1,4 @@
-"""Bake adapters into a model: which tensor each module is, and what is added to it.
+"""Bake adapters into a model: what is added to a tensor.
 
 All changes are taken from the model's own weights and added up in float32, with one rounding at the end. Plain LoRA never
 makes its whole difference: ranks of all adapters are put side by side, and rows are multiplied while they are in the cache.
@@ -6,181 +6,30 @@ makes its whole difference: ranks of all adapters are put side by side, and rows
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
-from sdformats.adapters import fused
-from sdformats.adapters.reading import listed
-from sdformats.adapters.records import Full, LoHa, LoKr, LoRA, Norm, Rows
+from sdformats.adapters.records import Full, LoHa, LoKr, Norm
 from sdformats.views import Stored
 from sdkernels import cast, linear, native
 from sdkernels.packed import pack
-from sdmerge.errors import FamilyError, MismatchError, RequestError
-from sdmerge.hypernetworks import with_folds
 from sdmerge.lora.algebra import as_lora
 from sdmerge.lora.delta import delta, factors, needs_weight
-from sdmerge.lora.places import Places
 from sdmerge.whole import fresh
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
-    from sdformats.adapters.adapter import Adapter
-    from sdformats.adapters.record import Record
-    from sdformats.hypernetwork import Hypernetwork
-    from sdformats.tensor import TensorSource
     from sdformats.views import Ref
     from sdkernels.packed import Packed, Scaled
-    from sdmerge.blocks import Weights
     from sdmerge.expression import Change
-    from sdmerge.lora.places import Place
+    from sdmerge.lora.contributions import Contribution
     from sdmerge.whole import Memory
-
-    StrengthOf = Callable[[str], float]
-    """Returns an adapter's strength for one tensor of the model."""
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """What one module of an adapter adds to one tensor.
-
-    Attributes:
-        record: what is trained.
-        strength: what its change is multiplied with, beside its own scale.
-        rows: the tensor's rows that are the module.
-        transposed: whether the tensor is (in, out).
-        bias: whether the tensor is the module's bias.
-    """
-
-    record: Record
-    strength: float
-    rows: tuple[int, int]
-    transposed: bool = False
-    bias: bool = False
-
-    @property
-    def refs(self) -> tuple[Ref, ...]:
-        """The tensors that it needs."""
-        if self.bias:
-            return (self.record.bias,) if self.record.bias is not None else ()
-        return tuple(ref for name, ref in self.record.refs if name != "bias")
-
-    @property
-    def thin(self) -> bool:
-        """Whether it is a product of two factors alone."""
-        record = self.record
-        return isinstance(record, LoRA) and record.magnitude is None and not self.bias
-
-
-Contributions = dict[str, list[Contribution]]
-
-
-def contributions(
-    source: TensorSource, family: str | None, adapters: Iterable[tuple[Adapter | Hypernetwork, StrengthOf]]
-) -> Contributions:
-    """Return what adapters and hypernetworks add to each tensor of a model.
-
-    Args:
-        source: the model.
-        family: what it is, where that is known.
-        adapters: each with its strength for every tensor.
-
-    Raises:
-        FamilyError: an adapter is for another family.
-        MismatchError: modules have no place in the model, or other sizes there.
-        RequestError: an adapter's scale is not known, or a hypernetwork cannot be folded.
-    """
-    places = Places(source, family)
-    found: Contributions = {}
-    for adapter, strength in with_folds(places, adapters):
-        if not adapter.scaled:
-            raise RequestError(
-                f"an adapter for {source.path.name} has no known scale: put its adapter_config.json beside it"
-            )
-        if adapter.family and places.family and adapter.family != places.family:
-            raise FamilyError(f"{source.path}: is {places.family}, and the adapter is for {adapter.family}")
-        missing = [
-            path for path, record in adapter.modules.items() if not _place(found, places, path, record, strength)
-        ]
-        if missing:
-            raise MismatchError(
-                f"{source.path}: has no place for {len(missing):,} of the adapter's {len(adapter.modules):,} modules: "
-                f"{listed(missing)} (with strength 0 for a part of the model its modules are left out: --te-strength 0)"
-            )
-    return {name: _regrouped(name, added) for name, added in found.items()}
-
-
-def _place(found: Contributions, places: Places, path: str, record: Record, strength: StrengthOf) -> bool:
-    """Add a module's contributions; return whether it has a place, or needs none."""
-    place = places.find(path)
-    if place is None:
-        return strength(_stand_in(path)) == 0
-    specs = places.source.specs
-    shape = specs[place.weight].shape
-    rows = place.range_of(shape[1 if place.transposed else 0])
-    amount = strength(place.weight)
-    if amount == 0:
-        return True
-    record = fused.swapped(record) if place.swapped else record
-    if not (isinstance(record, Full) and record.weight is None):
-        _check_shape(path, record, shape, place, rows)
-        found.setdefault(place.weight, []).append(Contribution(record, amount, rows, place.transposed))
-    if record.bias is None:
-        return True
-    if place.bias not in specs:
-        return False
-    found.setdefault(place.bias, []).append(Contribution(record, amount, rows, bias=True))
-    return True
-
-
-def _stand_in(path: str) -> str:
-    """Return a tensor's name that stands for a module's part of the model, for its strength."""
-    component, _, rest = path.partition(".")
-    return f"unet.{rest}.weight" if component == "unet" else f"text_encoder.{rest}.weight"
-
-
-def _check_shape(path: str, record: Record, shape: tuple[int, ...], place: Place, rows: tuple[int, int]) -> None:
-    """Refuse factors of another size than the weight's, before anything is written."""
-    height = record.height
-    if height is not None and height != rows[1] - rows[0]:
-        raise MismatchError(f"{place.weight!r}: has {rows[1] - rows[0]} rows, and the adapter's {path} has {height}")
-    if isinstance(record, LoRA):
-        inputs = shape[0] if place.transposed else prod(shape[1:])
-        columns = record.columns if record.mid is None else record.columns * prod(record.mid.shape[2:])
-        if columns != inputs:
-            raise MismatchError(f"{place.weight!r}: has {inputs} columns, and the adapter's {path} has {columns}")
-
-
-def _regrouped(name: str, added: list[Contribution]) -> list[Contribution]:
-    """Put rows of one fused record together again where its change depends on the whole fused weight."""
-    result: list[Contribution] = []
-    groups: dict[int, list[Contribution]] = {}
-    for one in added:
-        if isinstance(one.record, Rows) and needs_weight(one.record):
-            groups.setdefault(id(one.record.of), []).append(one)
-        else:
-            result.append(one)
-    for parts in groups.values():
-        parts.sort(key=lambda one: one.rows)
-        first = parts[0]
-        assert isinstance(first.record, Rows), "grouped above"
-        taken = [pair for part in parts if isinstance(part.record, Rows) for pair in part.record.ranges]
-        whole = first.record.of
-        edges = [part.rows for part in parts]
-        in_order = taken[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(taken))
-        if not in_order or taken != edges or taken[-1][1] != whole.height or len({p.strength for p in parts}) > 1:
-            raise MismatchError(
-                f"{name!r}: an adapter changes q, k and v as one module of {whole.algorithm}, which this model has apart"
-            )
-        result.append(replace(first, record=whole, rows=(0, edges[-1][1])))
-    return result
 
 
 @dataclass(frozen=True)
@@ -201,7 +50,7 @@ class Baked:
     propagates = True
 
     @property
-    def beside(self) -> int | None:
+    def room(self) -> int | None:
         """See `sdmerge.expression.InTiles`: factors, as stored and in float32."""
         if not all(one.thin or in_rows(one) for one in self.added):
             return None
@@ -433,14 +282,3 @@ def _dense(
         rows = slice(None) if one.transposed else slice(*one.rows)
         total[rows] += made * one.strength
     return total
-
-
-def strength_of(strength: float | Weights, table: object) -> StrengthOf:
-    """Return a function that tells an adapter's strength for a tensor by its name."""
-    from sdmerge.block_tables import Table
-    from sdmerge.blocks import Weights
-
-    if not isinstance(strength, Weights):
-        return lambda _name: strength
-    assert isinstance(table, Table), "block weights need the family's table"
-    return lambda name: strength.at(name, table)

@@ -9,7 +9,7 @@ from sdformats.adapters.records import IA3, Full, GLoRA, InputMap, InputOFT, LoH
 from sdmerge.errors import MismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from sdformats.adapters.record import Record
     from sdformats.views import Ref
@@ -31,6 +31,8 @@ def check_fits(path: str, record: Record, shape: tuple[int, ...], weight: str) -
     sizes = [("rows", record.height, rows)]
     sizes += [("columns", count, columns) for count in _columns(record)]
     sizes += [("inputs", count, inputs) for count in _inputs(record)]
+    if record.bias is not None:
+        sizes.append(("biases", record.bias.spec.numel, rows))
     of = record.of if isinstance(record, Rows) else record
     if of.magnitude is not None and of.magnitude.axis == "in":
         sizes.append(("inputs", of.magnitude.values.spec.numel, inputs))
@@ -39,10 +41,16 @@ def check_fits(path: str, record: Record, shape: tuple[int, ...], weight: str) -
         sizes.append(("columns", size * count if count > 1 else columns - columns % size, columns))
     for what, found, expected in sizes:
         if found is not None and found != expected:
-            file = next(stored.source.path for _, ref in record.refs for stored in ref.stored())
             raise MismatchError(
-                f"{weight!r}: has {expected} {what}, and {path} of {file} has {found} (expected an adapter for this model)"
+                f"{weight!r}: has {expected} {what}, and {path} of {file_of([record])} has {found} "
+                "(expected an adapter for this model)"
             )
+
+
+def file_of(records: Iterable[Record]) -> str:
+    """Return the file that records were read from."""
+    files = (stored.source.path for record in records for _, ref in record.refs for stored in ref.stored())
+    return str(next(files, "the adapter"))
 
 
 def _columns(record: Record) -> Iterator[int]:

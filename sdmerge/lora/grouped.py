@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from sdformats.views import Ref
     from sdkernels.philox import Key
-    from sdmerge.lora.bake import Baked, Contribution
+    from sdmerge.lora.bake import Baked
+    from sdmerge.lora.contributions import Contribution
 
     Get = Callable[[Ref], Tensor]
 

@@ -14,7 +14,7 @@ import sdmerge
 from sdformats.adapters import open_adapter
 from sdformats.files import open_source
 from sdkernels import native
-from sdmerge.errors import FamilyError, MismatchError, RequestError, SdmergeError
+from sdmerge.errors import FamilyError, MismatchError, NonFiniteInput, RequestError, SdmergeError
 from sdmerge.lora.delta import delta
 from sdmerge.lora.refs import value
 from sdmerge.lora.strength import parse_strength
@@ -176,11 +176,55 @@ def test_modules_without_a_place_are_named(tmp_path: Path) -> None:
     base = toys.saved(tmp_path, "a", 1)
     missing = "lora_te_text_model_encoder_layers_9_mlp_fc1"
     adapter = save(tmp_path / "l.safetensors", lora(TO_Q, 8, 8) | lora(missing, 24, 6))
-    with pytest.raises(MismatchError, match=r"no place for 1 of the adapter's 2 modules: te1\.text_model.*layers\.9"):
+    with pytest.raises(
+        MismatchError, match=r"no place for 1 of the 2 modules of .*l\.safetensors: te1\.text_model.*layers\.9"
+    ):
         sdmerge.bake(base, [adapter], output=tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
     without = sdmerge.Weights(value=1.0, te=0.0)
-    sdmerge.bake(base, [(adapter, without)], output=tmp_path / "out.safetensors")
+    report = sdmerge.bake(base, [(adapter, without)], output=tmp_path / "out.safetensors")
+    assert "L1: 1 of 2 modules baked into A" in report.notes
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("end", ["up", "down"])
+@pytest.mark.parametrize("native_code", [True, False])
+def test_faults_of_an_adapter_are_its_own(
+    value: float, end: str, native_code: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Library
+) -> None:
+    monkeypatch.setattr(native, "LIBRARY", library if native_code else None)
+    base = toys.saved(tmp_path, "a", 1)
+    change = lora(TO_Q, 8, 8)
+    change[f"{TO_Q}.lora_{end}.weight"][1, 1] = value
+    adapter = save(tmp_path / "broken.safetensors", change)
+    for overflow in ("refuse", "saturate"):
+        with pytest.raises(NonFiniteInput, match=rf"broken\.safetensors: '{TO_Q}\.lora_{end}\.weight'.*1 elements"):
+            sdmerge.bake(base, [adapter], output=tmp_path / "out.safetensors", overflow=overflow)
+    report = sdmerge.bake(base, [adapter], output=tmp_path / "out.safetensors", allow_nonfinite=True)
+    assert report.nonfinite == {f"{adapter}: '{TO_Q}.lora_{end}.weight'": 1}
+    assert not report.overflowed
+    assert not load_file(tmp_path / "out.safetensors")[MODEL_TO_Q].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("module", "tensors", "said"),
+    [
+        (
+            TO_Q,
+            {"hada_w1_a": (8, 2), "hada_w1_b": (2, 9), "hada_w2_a": (8, 2), "hada_w2_b": (2, 9)},
+            "8 columns.* has 9",
+        ),
+        (TO_Q, {"lokr_w1": (2, 3), "lokr_w2": (4, 3)}, "8 columns.* has 9"),
+        (TO_Q, {"diff": (8, 9)}, "8 columns.* has 9"),
+        (FC1, {"lora_up.weight": (24, 2), "lora_down.weight": (2, 6), "diff_b": (9,)}, "24 biases.* has 9"),
+    ],
+)
+def test_every_algorithm_must_fit(module: str, tensors: dict[str, tuple[int, ...]], said: str, tmp_path: Path) -> None:
+    base = toys.saved(tmp_path, "a", 1)
+    adapter = save(tmp_path / "l.safetensors", {f"{module}.{end}": torch.ones(shape) for end, shape in tensors.items()})
+    with pytest.raises(MismatchError, match=said) as error:
+        sdmerge.bake(base, [adapter], output=tmp_path / "out.safetensors", family="sd1")
+    assert "l.safetensors" in str(error.value)
 
 
 @pytest.mark.parametrize(("out", "inner", "said"), [(9, 8, "has 8 rows"), (8, 7, "has 8 columns")])
@@ -196,7 +240,7 @@ def test_another_family_is_refused(tmp_path: Path) -> None:
     base = toys.saved(tmp_path, "a", 1)
     names = [f"lora_unet_input_blocks_4_1_transformer_blocks_{n}_attn2_to_k" for n in (0, 1)]
     adapter = save(tmp_path / "l.safetensors", lora(names[0], 8, 2048) | lora(names[1], 8, 2048))
-    with pytest.raises(FamilyError, match="is sd1, and the adapter is for sdxl"):
+    with pytest.raises(FamilyError, match=r"l\.safetensors: is for sdxl \(expected one for sd1"):
         sdmerge.bake(base, [adapter], output=tmp_path / "out.safetensors")
 
 
