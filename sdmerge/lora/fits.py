@@ -31,8 +31,6 @@ def check_fits(path: str, record: Record, shape: tuple[int, ...], weight: str) -
     sizes = [("rows", record.height, rows)]
     sizes += [("columns", count, columns) for count in _columns(record)]
     sizes += [("inputs", count, inputs) for count in _inputs(record)]
-    if record.bias is not None:
-        sizes.append(("biases", record.bias.spec.numel, rows))
     of = record.of if isinstance(record, Rows) else record
     if of.magnitude is not None and of.magnitude.axis == "in":
         sizes.append(("inputs", of.magnitude.values.spec.numel, inputs))
