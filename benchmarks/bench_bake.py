@@ -51,7 +51,7 @@ def main(cache: Path, rounds: int, peer_rounds: int, threads: int, json_path: Pa
         for count in (1, MOST)
     }
     for number, result in turns((gemm, *chain.from_iterable(by_count.values())), rounds):
-        if result.run.tool in PEERS and not 0 < number <= peer_rounds:
+        if result.run.tool in PEERS and number <= rounds - peer_rounds:
             continue
         outcome = execute(result.run, inputs, output, threads=threads)
         result.outcomes += [outcome] if number > 0 else []
