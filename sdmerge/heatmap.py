@@ -71,8 +71,13 @@ class Panel:
     cells: dict[tuple[int, int], Cell]
 
 
-def check(path: Path, *, overwrite: bool = False) -> None:
+def check(path: Path, *, overwrite: bool = False, what: str = "heat map") -> None:
     """Refuse a picture that could not be made, before anything is read.
+
+    Args:
+        path: where it is to be.
+        overwrite: whether a file may be replaced.
+        what: what it is called in errors.
 
     Raises:
         RequestError: the name does not end in ``.png``, or matplotlib is missing.
@@ -80,7 +85,7 @@ def check(path: Path, *, overwrite: bool = False) -> None:
         WriteError: there is no such folder.
     """
     if path.suffix.lower() != ".png":
-        raise RequestError(f"{path}: the heat map is a PNG picture (expected a name that ends in .png)")
+        raise RequestError(f"{path}: the {what} is a PNG picture (expected a name that ends in .png)")
     if not path.parent.is_dir():
         raise WriteError(f"the folder {path.parent} does not exist", path=path, advice="create it first")
     if path.exists() and not overwrite:
@@ -89,7 +94,7 @@ def check(path: Path, *, overwrite: bool = False) -> None:
         import matplotlib.figure as _  # noqa: F401 - only to see whether it is there
     except ImportError as error:
         raise RequestError(
-            f"the heat map is drawn by matplotlib, which cannot be imported ({error}); pip install 'sdmerge[demo]'"
+            f"the {what} is drawn by matplotlib, which cannot be imported ({error}); pip install 'sdmerge[demo]'"
         ) from error
 
 

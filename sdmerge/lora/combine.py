@@ -117,7 +117,7 @@ def combine(wanted: Combination, target: Path, options: Options) -> Report:
         sdmerge.errors.SdmergeError: the request cannot be fulfilled.
     """
     started = time.perf_counter()
-    check_places((target,), (wanted.report, wanted.plot), [path for path, _ in wanted.inputs], options)
+    check_places((target,), wanted.report, wanted.plot, [path for path, _ in wanted.inputs], options)
     with ExitStack() as stack:
         with no_collection():
             files = {path: stack.enter_context(open_source(path)) for path, _ in wanted.inputs}
@@ -179,7 +179,7 @@ class _Work:
         plan = plan_of(written, sources, self.family, self._notes(adapter, shrunk))
         report = write_out(plan, written, self.target, self.options, started, label)
         if not self.options.dry_run:
-            write_told(_described(adapter, shrunk), self.wanted.report, self.wanted.plot)
+            write_told(_described(adapter, shrunk), self.wanted.report, self.wanted.plot, self.options)
         return report
 
     def _sorted(self) -> tuple[dict[str, Record], dict[str, Piece]]:

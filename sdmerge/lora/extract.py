@@ -359,7 +359,7 @@ def extract(wanted: Extraction, options: Options) -> list[Report]:
     """
     started = time.perf_counter()
     targets = [target for target, _ in wanted.outputs]
-    check_places(targets, (wanted.report, wanted.plot), (wanted.tuned, wanted.base), options)
+    check_places(targets, wanted.report, wanted.plot, (wanted.tuned, wanted.base), options)
     if options.ema != "keep":
         raise RequestError(
             f"ema is {options.ema}, and plain weights are extracted (convert the model with --ema use, and extract from that)"
@@ -385,5 +385,5 @@ def extract(wanted: Extraction, options: Options) -> list[Report]:
             plan = plan_of(written, tuple(sources), tuned.family, work.noted(told))
             reports.append(write_out(plan, written, target, options, started, "writing"))
     if not options.dry_run:
-        write_told(made[0][1], wanted.report, wanted.plot)
+        write_told(made[0][1], wanted.report, wanted.plot, options)
     return reports

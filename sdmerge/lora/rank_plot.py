@@ -1,35 +1,47 @@
-"""A picture of an extraction: the rank and the error of every layer, in the order of the model."""
+"""A picture of the rank of every layer and the energy that it keeps, in the order of the model."""
 
 from __future__ import annotations
 
+import io
 import re
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping
 
-_ORDER = ("te1", "te2", "te3", "unet.conv_in", "unet.time", "unet.add", "unet.down", "unet.mid", "unet.up", "unet")
-_BLOCK = re.compile(r"(unet\.(?:down_blocks|up_blocks)\.\d+|unet\.mid_block|unet\.\w+?_blocks|te\d)")
+_ORDER = (
+    *("te1", "te2", "te3", "unet.conv_in", "unet.pos_embed", "unet.x_embedder", "unet.context_embedder", "unet.time"),
+    *(
+        "unet.add",
+        "unet.down",
+        "unet.mid",
+        "unet.up",
+        "unet.transformer_blocks",
+        "unet.single_transformer_blocks",
+        "unet",
+    ),
+)
+_BLOCK = re.compile(r"(unet\.(?:down_blocks|up_blocks)\.\d+|unet\.mid_block|unet\.(?:single_)?transformer_blocks|te\d)")
+_LABELS = {"unet.transformer_blocks": "transformer blocks", "unet.single_transformer_blocks": "single blocks"}
 
 
-def paint(path: Path, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the picture as PNG.
+def painted(layers: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Return the picture as a PNG file.
 
     Args:
-        path: where.
-        layers: ``rank``, ``energy`` and ``error`` of each layer by its name, in order.
+        layers: ``rank`` and ``energy`` of each layer by its name.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    names = sorted(layers, key=_place)
+    names = in_order(layers)
     blocks = [match[1] if (match := _BLOCK.match(name)) else name.partition(".")[0] for name in names]
     edges = [i for i in range(len(names)) if i == 0 or blocks[i] != blocks[i - 1]]
-    figure, axes = plt.subplots(2, 1, figsize=(12, 6.5), sharex=True, constrained_layout=True)
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 1, sharex=True)
     x = range(len(names))
     axes[0].bar(x, [layers[name]["rank"] for name in names], width=1.0, color="#4477aa")
     axes[0].set_ylabel("rank")
@@ -38,14 +50,20 @@ def paint(path: Path, layers: Mapping[str, Mapping[str, Any]]) -> None:
     axes[1].set_ylabel("energy kept, %")
     axes[1].set_ylim(0, 100)
     for axis in axes:
-        axis.set_xlim(-0.5, len(names) - 0.5)
+        axis.set_xlim(-0.5, max(len(names), 1) - 0.5)
         for edge in edges[1:]:
             axis.axvline(edge - 0.5, color="#cccccc", linewidth=0.8, zorder=0)
-    middles = [(a + b) / 2 - 0.5 for a, b in zip(edges, [*edges[1:], len(names)], strict=True)]
+    middles = [(a + b) / 2 - 0.5 for a, b in pairwise([*edges, len(names)])]
     axes[1].set_xticks(middles, [_short(blocks[edge]) for edge in edges], rotation=40, ha="right")
     axes[0].set_title(f"{len(names):,} layers")
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
+    data = io.BytesIO()
+    figure.savefig(data, dpi=110, format="png")
+    return data.getvalue()
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return layers in the order in which a model computes them, block by block."""
+    return sorted(names, key=_place)
 
 
 def _place(name: str) -> tuple[int, int]:
@@ -56,4 +74,4 @@ def _place(name: str) -> tuple[int, int]:
 
 
 def _short(block: str) -> str:
-    return block.removeprefix("unet.").replace("_blocks.", " ").replace("_block", "")
+    return _LABELS.get(block) or block.removeprefix("unet.").replace("_blocks.", " ").replace("_block", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import sdmerge
 from sdformats.adapters.errors import CannotHold
-from sdformats.errors import OutputExists
+from sdformats.errors import OutputExists, WriteError
 from sdmerge.errors import NonFiniteInput, RequestError
 from tests.sdmerge import toys
 from tests.sdmerge.lora import samples
@@ -62,23 +63,31 @@ def _merge(folder: Path, out: Path, **more: Any) -> None:
 
 
 @pytest.mark.parametrize("do", [_extract, _resize, _merge])
-def test_places_that_cannot_be_written_to_are_refused_before_the_work(do: Callable[..., None], tmp_path: Path) -> None:
+def test_places_that_cannot_be_written_to_are_refused_before_the_work(
+    do: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models(tmp_path)
     samples.saved(tmp_path / "in.safetensors", samples.lora())
     out, given = tmp_path / "l.safetensors", tmp_path / ("tuned.safetensors" if do is _extract else "in.safetensors")
     before = given.read_bytes()
-    for name in ("report", "plot"):
+    for name, end in (("report", ""), ("plot", ".png")):
         with pytest.raises(RequestError, match=r"l\.safetensors: is to be written twice"):
             do(tmp_path, out, **{name: out})
         with pytest.raises(RequestError, match="is an input"):
             do(tmp_path, out, overwrite=True, **{name: given})
-        with pytest.raises(RequestError, match=r"the folder .*nowhere does not exist; create it first"):
-            do(tmp_path, out, **{name: tmp_path / "nowhere" / "r"})
+        with pytest.raises(WriteError, match=r"the folder .*nowhere does not exist; create it first"):
+            do(tmp_path, out, **{name: tmp_path / "nowhere" / f"r{end}"})
         with pytest.raises(RequestError, match="is a folder"):
             do(tmp_path, out, **{name: tmp_path})
     with pytest.raises(RequestError, match="is to be written twice"):
-        do(tmp_path, out, report=tmp_path / "r", plot=tmp_path / "r")
-    with pytest.raises(RequestError, match=r"nowhere does not exist"):
+        do(tmp_path, out, report=tmp_path / "r.png", plot=tmp_path / "r.png")
+    with pytest.raises(RequestError, match=r"r\.jpg: the picture of ranks is a PNG picture"):
+        do(tmp_path, out, plot=tmp_path / "r.jpg")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(RequestError, match=r"ranks is drawn by matplotlib.*sdmerge\[demo\]"):
+            do(tmp_path, out, plot=tmp_path / "r.png")
+    with pytest.raises(WriteError, match=r"nowhere does not exist"):
         do(tmp_path, tmp_path / "nowhere" / "l.safetensors")
     assert given.read_bytes() == before
     assert not left(tmp_path)
