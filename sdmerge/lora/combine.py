@@ -285,7 +285,8 @@ class _Work:
                 notes.add("left out, as the size has no room for it", path)
         for path, record in adapter.modules.items():
             if not isinstance(record, LoRA) and self.wanted.limit.given:
-                notes.add("a difference, kept whole", path)
+                summed = f", a sum: {self.wanted.how} merges factors alone" if self.wanted.how in _DENSE else ""
+                notes.add(f"a difference, kept whole{summed}", path)
         return notes
 
 

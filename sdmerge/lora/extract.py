@@ -22,7 +22,7 @@ from sdformats.adapters.reading import check_holds, ways_out
 from sdformats.adapters.records import Full, LoRA, Norm
 from sdformats.files import open_source
 from sdformats.tensor import DType, Spec
-from sdmerge.errors import FamilyError, RequestError
+from sdmerge.errors import FamilyError, MismatchError, RequestError
 from sdmerge.execute import no_collection
 from sdmerge.lora.convert import layout_for
 from sdmerge.lora.decompose import Core, excess, flattened, singular_values, tucker, tucker_curve
@@ -87,6 +87,10 @@ class _Work:
         """Return an adapter for each output, and what is told of it."""
         both = {"text_encoders": self.wanted.text_encoders}
         every = list(layers_of(self.tuned, self.base, **both))
+        if not every:
+            raise MismatchError(
+                f"{self.wanted.tuned}: has no module in common with {self.wanted.base} (expected two models of one family)"
+            )
         for path, places in unpaired(self.tuned, self.base, **both):
             self.notes.add(f"in {places.source.path.name} alone, so nothing to compare", path)
         matrices = {layer.path: layer for layer in every if len(layer.shape) > 1 and not layer.is_embedding}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import sdmerge
 from sdformats.adapters.errors import CannotHold
 from sdformats.errors import OutputExists, WriteError
-from sdmerge.errors import NonFiniteInput, RequestError
+from sdmerge.errors import MismatchError, NonFiniteInput, RequestError
 from tests.sdmerge import toys
 from tests.sdmerge.lora import samples
 from tests.sdmerge.lora.test_extract import CONV, FC1, PATHS, TO_Q, models
@@ -22,6 +22,8 @@ from tests.sdmerge.lora.test_extract import CONV, FC1, PATHS, TO_Q, models
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from sdmerge.lora.combine import How
 
 
 def left(folder: Path) -> set[str]:
@@ -197,3 +199,22 @@ def test_an_adapter_of_zeros_has_nothing_for_a_size(tmp_path: Path) -> None:
         sdmerge.resize_lora(lora, tmp_path / "l.safetensors", size="1MB")
     sdmerge.resize_lora(lora, tmp_path / "l.safetensors", rank=2)
     assert not any(change.any() for change in samples.changes(tmp_path / "l.safetensors").values())
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    _, base, _ = models(tmp_path)
+    lora = samples.saved(tmp_path / "in.safetensors", samples.lora())
+    with pytest.raises(MismatchError, match=r"in\.safetensors: has no module in common with .*base\.safetensors"):
+        sdmerge.extract_lora(lora, base, tmp_path / "l.safetensors", family="sd1")
+
+
+@pytest.mark.parametrize(
+    ("method", "said"), [("svd", "kept whole"), ("ties", "kept whole, a sum: ties merges factors alone")]
+)
+def test_what_a_method_does_not_merge_is_told(method: How, said: str, tmp_path: Path) -> None:
+    whole = {f"{samples.Q}.diff": torch.ones(40, 48)}
+    files = [samples.saved(tmp_path / f"{i}.safetensors", samples.lora((samples.K,)) | whole) for i in range(2)]
+    notes = sdmerge.merge_lora(files, tmp_path / "l.safetensors", method=method, rank=2, to="lycoris").notes
+    path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert f"a difference, {said}: {path}" in notes
+    assert samples.changes(tmp_path / "l.safetensors")[path].eq(2).all()
