@@ -34,7 +34,7 @@ from sdmerge.policy import Notes
 from sdmerge.writing import plan_of, size_of, write_out
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from sdformats.adapters.layout import AdapterLayout, Written
@@ -179,7 +179,7 @@ class _Work:
         plan = plan_of(written, sources, self.family, self._notes(adapter, shrunk))
         report = write_out(plan, written, self.target, self.options, started, label)
         if not self.options.dry_run:
-            write_told(_described(adapter, shrunk), self.wanted.report, self.wanted.plot, self.options)
+            write_told(_described(self._order(), adapter, shrunk), self.wanted.report, self.wanted.plot, self.options)
         return report
 
     def _sorted(self) -> tuple[dict[str, Record], dict[str, Piece]]:
@@ -229,11 +229,14 @@ class _Work:
         tensors = [zeros if delta is None else delta for delta in deltas]
         return WholeSpectrum(method.function(*tensors, base=zeros, **place, **self.values))
 
+    def _order(self) -> Iterable[str]:
+        """Return every module of the inputs once, in their order."""
+        return dict.fromkeys(path for adapter in self.adapters for path in adapter.modules)
+
     def _adapter(self, plain: Mapping[str, Record], loras: Mapping[str, LoRA]) -> Adapter:
         """Return the result, modules in the order of the inputs."""
-        order = dict.fromkeys(path for adapter in self.adapters for path in adapter.modules)
         both = {**plain, **loras}
-        modules = {path: both[path] for path in order if path in both}
+        modules = {path: both[path] for path in self._order() if path in both}
         embeddings: dict[str, Any] = {}
         for adapter, (source, strength) in zip(self.adapters, self.wanted.inputs, strict=True):
             for word, inside in adapter.embeddings.items() if strength else ():
@@ -303,14 +306,15 @@ def _error(shrunk: Mapping[str, Shrunk]) -> float:
     return math.hypot(*(one.lost for one in shrunk.values())) / norm if norm else 0.0
 
 
-def _described(adapter: Adapter, shrunk: Mapping[str, Shrunk]) -> dict[str, Any]:
-    """Return what became of each module."""
+def _described(order: Iterable[str], adapter: Adapter, shrunk: Mapping[str, Shrunk]) -> dict[str, Any]:
+    """Return what became of each module, in an order."""
     layers: dict[str, Any] = {}
-    for path, record in adapter.modules.items():
-        exact = {"rank": record.rank, "energy": 1.0, "error": 0.0, "excess_at_most": 0.0}
-        layers[path] = exact if isinstance(record, LoRA) else {"algorithm": record.algorithm}
-    for path, one in shrunk.items():
-        told = {"rank": one.rank, "before": one.before, "norm": one.norm}
-        # The whole spectrum of a product of factors is known, so what is left out is the least that can be.
-        layers[path] = told | {"energy": 1 - one.error**2, "error": one.error, "excess_at_most": 0.0}
+    for path in order:
+        if one := shrunk.get(path):
+            # The whole spectrum of a product of factors is known, so what is left out is the least that can be.
+            told = {"rank": one.rank, "before": one.before, "norm": one.norm}
+            layers[path] = told | {"energy": 1 - one.error**2, "error": one.error, "excess_at_most": 0.0}
+        elif record := adapter.modules.get(path):
+            exact = {"rank": record.rank, "energy": 1.0, "error": 0.0, "excess_at_most": 0.0}
+            layers[path] = exact if isinstance(record, LoRA) else {"algorithm": record.algorithm}
     return {"error": _error(shrunk), "layers": layers}

@@ -218,3 +218,15 @@ def test_what_a_method_does_not_merge_is_told(method: How, said: str, tmp_path: 
     path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     assert f"a difference, {said}: {path}" in notes
     assert samples.changes(tmp_path / "l.safetensors")[path].eq(2).all()
+
+
+def test_a_report_tells_modules_in_the_order_of_the_adapter(tmp_path: Path) -> None:
+    tensors = samples.lora()
+    tensors[f"{samples.Q}.lora_up.weight"] *= 1e-6
+    lora = samples.saved(tmp_path / "in.safetensors", tensors)
+    report = tmp_path / "r.json"
+    sdmerge.resize_lora(lora, tmp_path / "l.safetensors", size=lora.stat().st_size // 2, report=report)
+    layers = json.loads(report.read_text())["layers"]
+    assert list(layers) == list(samples.changes(lora))
+    assert [one["rank"] == 0 for one in layers.values()].count(True) == 1
+    assert list(layers.values())[-1]["rank"] > 0
