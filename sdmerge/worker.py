@@ -355,7 +355,7 @@ class Worker:
         bad = faults() if suspicious else 0
         if suspicious or not step.propagates:
             for read, value in zip(step.reads, values, strict=True):
-                if suspicious or not bounded(value.to(result.dtype), torch.float32):
+                if suspicious or not finite(value):
                     bad += self._job.count_nonfinite(read, value)
         if suspicious:
             self._job.count_overflow(step, result, dtype, finite=not bad)

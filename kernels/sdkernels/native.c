@@ -14,52 +14,6 @@
 #include <errno.h>
 #include <unistd.h>
 
-enum { VECTORS = 4, GROUP = LANES * VECTORS };
-typedef struct {
-    __m256 v[VECTORS];
-} Group; /* 32 numbers in four registers */
-
-#define EACH(i) for (int i = 0; i < VECTORS; i++)
-
-/* Widen a group, or the `count` elements that are left of a row. Where `type` is MIXED, the matrix's own counts. */
-INLINE Group load(const Matrix *matrix, size_t row, size_t column, size_t count, Type type) {
-    const char *at = place(matrix, row, column);
-    char padded[GROUP * sizeof(float)];
-    if (count < GROUP) {
-        memset(padded, 0, sizeof padded);
-        at = memcpy(padded, at, count * SIZE[matrix->type]);
-    }
-    Group to;
-    switch (type == MIXED ? (Type)matrix->type : type) {
-        case FLOAT16: EACH(i) to.v[i] = widen(at + 2 * LANES * i, FLOAT16); break;
-        case BFLOAT16: EACH(i) to.v[i] = widen(at + 2 * LANES * i, BFLOAT16); break;
-        default: EACH(i) to.v[i] = widen(at + 4 * LANES * i, FLOAT32);
-    }
-    return to;
-}
-
-/* Round a group into place, or the `count` elements that are left of a row. */
-INLINE void store(Group from, const Matrix *matrix, size_t row, size_t column, size_t count, Type type) {
-    char *out = place(matrix, row, column), padded[GROUP * sizeof(float)];
-    char *at = count < GROUP ? padded : out;
-    switch (type == MIXED ? (Type)matrix->type : type) {
-        case FLOAT16: EACH(i) narrow(from.v[i], at + 2 * LANES * i, FLOAT16); break;
-        case BFLOAT16: EACH(i) narrow(from.v[i], at + 2 * LANES * i, BFLOAT16); break;
-        default: EACH(i) narrow(from.v[i], at + 4 * LANES * i, FLOAT32);
-    }
-    if (count < GROUP) memcpy(out, padded, count * SIZE[matrix->type]);
-}
-
-/* Load x, or x − y. */
-INLINE Group value_of(const Term *term, size_t row, size_t column, size_t count, Type type) {
-    Group value = load(&term->x, row, column, count, type);
-    if (term->y.data) {
-        const Group y = load(&term->y, row, column, count, type);
-        EACH(i) value.v[i] = _mm256_sub_ps(value.v[i], y.v[i]);
-    }
-    return value;
-}
-
 /* The types of the first term, of the others, and of the sum. */
 typedef struct {
     Type first, others, sum;

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,11 @@ _WEIGHT = struct.Struct("@d")
 _SUM = struct.Struct("@PN")
 _FINITE = struct.Struct("@q")
 _PART = struct.Struct("@qqPN")
+_INSIDE = struct.Struct("@qqqqPNN")
+_MODEL = struct.Struct("@dd")
+_ELECTION = struct.Struct("@PNdqq")
 _NONE = _MATRIX.pack(0, 0, 0)
+_MOST_MODELS = 16
 
 
 class Library:
@@ -49,6 +53,10 @@ class Library:
         self.finite = functions.sdkernels_finite
         self.finite.argtypes = (data, size, ctypes.c_int64)
         packed, choice = ctypes.c_char_p, ctypes.c_int
+        self.inside = functions.sdkernels_inside
+        self.inside.argtypes = (packed, size, ctypes.c_int32, ctypes.c_int32, data)
+        self.elect = functions.sdkernels_elect
+        self.elect.argtypes = (packed, size)
         self.pack_up = functions.sdkernels_pack_up
         self.pack_up.argtypes = (packed, size, size, ctypes.c_double, data, size, size, choice)
         self.pack_down = functions.sdkernels_pack_down
@@ -152,6 +160,67 @@ def finite(x: Tensor) -> bool | None:
     if LIBRARY is None or x.dtype not in _TYPES or not x.is_cpu or not x.is_contiguous():
         return None
     return bool(LIBRARY.finite(x.data_ptr(), x.numel(), _TYPES[x.dtype]))
+
+
+class Inside(NamedTuple):
+    """How many magnitudes are above a bound, or from it on, for two of them; and those strictly between, as bits."""
+
+    above_low: int
+    from_low: int
+    above_high: int
+    from_high: int
+    between: Tensor
+
+
+def inside(x: Tensor, base: Tensor | None, low: int, high: int, room: int) -> Inside | None:
+    """Compare |x|, or |x − base|, in float32, with two bounds.
+
+    Args:
+        x, base: of one shape.
+        low, high: the bounds, as bits.
+        room: how many may lie between them.
+
+    Returns:
+        None where there are more, and where there is no library for these tensors.
+    """
+    tensors = [x] if base is None else [x, base]
+    if LIBRARY is None or not _without_gaps(tensors):
+        return None
+    between = torch.empty(room, dtype=torch.int32)
+    of = _WEIGHT.pack(1) + matrix(x.reshape(-1)) + (_NONE if base is None else matrix(base.reshape(-1)))
+    found = ctypes.create_string_buffer(_INSIDE.pack(0, 0, 0, 0, between.data_ptr(), room, 0), _INSIDE.size)
+    if not LIBRARY.inside(of, x.numel(), low, high, found):
+        return None
+    above_low, from_low, above_high, from_high, _, _, kept = _INSIDE.unpack(found)
+    return Inside(above_low, from_low, above_high, from_high, between[:kept])
+
+
+def elect(
+    base: Tensor,
+    models: Sequence[tuple[Tensor, float, float]],
+    out: Tensor,
+    *,
+    scale: float,
+    normalize: bool,
+    by_count: bool,
+) -> bool:
+    """Merge as `ties.reference` does, and return True; False where there is no library for these tensors, or so many models.
+
+    Args:
+        models: each with its share, and the largest change that does not count.
+    """
+    if LIBRARY is None or len(models) > _MOST_MODELS or not _without_gaps([base, out, *(x for x, _, _ in models)]):
+        return False
+    listed = b"".join(matrix(x.reshape(-1)) + _MODEL.pack(weight, edge) for x, weight, edge in models)
+    memory = ctypes.create_string_buffer(listed, len(listed))
+    ballot = _ELECTION.pack(ctypes.addressof(memory), len(models), scale, normalize, by_count)
+    LIBRARY.elect(matrix(base.reshape(-1)) + matrix(out.reshape(-1)) + ballot, base.numel())
+    return True
+
+
+def _without_gaps(tensors: list[Tensor]) -> bool:
+    shape = _rows_and_columns(tensors)
+    return shape is not None and shape[0] == 1 and all(x.is_contiguous() for x in tensors)
 
 
 def _rows_and_columns(tensors: list[Tensor]) -> tuple[int, int] | None:

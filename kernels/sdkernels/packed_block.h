@@ -8,17 +8,17 @@
  * sums stay in registers. */
 #define INLINED TARGET static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
-#define EACH(row, i) UNROLL for (int row = 0; row < HEIGHT; row++) UNROLL for (int i = 0; i < vectors; i++)
+#define EACH_SUM(row, i) UNROLL for (int row = 0; row < HEIGHT; row++) UNROLL for (int i = 0; i < vectors; i++)
 
 INLINED void NAMED(add_weight)(VECTOR sum[HEIGHT][ACROSS], const Block *block, int vectors, Type type) {
-    EACH(row, i) {
+    EACH_SUM(row, i) {
         const char *weight = block->weight + row * block->weight_step + i * SPAN * SIZE[type];
         sum[row][i] = ADD(WIDEN(weight, type), sum[row][i]);
     }
 }
 
 INLINED void NAMED(round_off)(VECTOR sum[HEIGHT][ACROSS], const Block *block, int vectors, Type type) {
-    EACH(row, i) NARROW(sum[row][i], block->out + row * block->out_step + i * SPAN * SIZE[type], type);
+    EACH_SUM(row, i) NARROW(sum[row][i], block->out + row * block->out_step + i * SPAN * SIZE[type], type);
 }
 
 INLINED int NAMED(block_of)(const float *up, const float *down, size_t rank, const Block *block, Ahead ahead, int vectors) {
@@ -27,7 +27,7 @@ INLINED int NAMED(block_of)(const float *up, const float *down, size_t rank, con
         _mm_prefetch(block->weight + row * block->weight_step + LINE, _MM_HINT_T0);
     }
     VECTOR sum[HEIGHT][ACROSS];
-    EACH(row, i) sum[row][i] = ZERO();
+    EACH_SUM(row, i) sum[row][i] = ZERO();
     for (size_t k = 0; k < rank; k++, up += HEIGHT, down += ACROSS * SPAN, ahead.at += ahead.step) {
         VECTOR right[ACROSS];
         _mm_prefetch(ahead.at, _MM_HINT_T1);
@@ -43,7 +43,7 @@ INLINED int NAMED(block_of)(const float *up, const float *down, size_t rank, con
         default: NAMED(add_weight)(sum, block, vectors, FLOAT32);
     }
     VECTOR largest = ZERO();
-    EACH(row, i) largest = LARGER(largest, sum[row][i]);
+    EACH_SUM(row, i) largest = LARGER(largest, sum[row][i]);
     switch (block->out_type) {
         case FLOAT16: NAMED(round_off)(sum, block, vectors, FLOAT16); break;
         case BFLOAT16: NAMED(round_off)(sum, block, vectors, BFLOAT16); break;
@@ -64,7 +64,7 @@ TARGET static int NAMED(make)(
 
 #undef INLINED
 #undef UNROLL
-#undef EACH
+#undef EACH_SUM
 #undef TARGET
 #undef NAMED
 #undef HEIGHT

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sdkernels import native
 from sdkernels.cast import accumulator
 from sdkernels.kernel import Case, Kernel, tl, triton
 
@@ -65,7 +66,7 @@ def _check(x: Tensor, k: int, base: Tensor | None) -> None:
 
 
 class _Magnitudes:
-    """The magnitudes' bits as integers, made chunk by chunk in buffers that are used again."""
+    """The magnitudes' bits as integers, made chunk by chunk in buffers that are used again, or in native code."""
 
     def __init__(self, x: Tensor, base: Tensor | None) -> None:
         self._tensors = [t.detach().reshape(-1) for t in (x, base) if t is not None]
@@ -110,21 +111,32 @@ class _Magnitudes:
 
     def inside(self, low: int, high: int, k: int) -> int | None:
         """The k-th largest if it is one of `low` to `high`, else None."""
-        above = from_high = above_low = from_low = 0
+        found = self._in_one_pass(low, high) or self._by_chunks(low, high)
+        if found.above_high < k <= found.from_high:
+            return high
+        if found.from_high < k <= found.above_low:
+            return _largest(found.between.numpy(), k - found.from_high)
+        return low if found.above_low < k <= found.from_low else None
+
+    def _in_one_pass(self, low: int, high: int) -> native.Inside | None:
+        room = self.count if self.count <= _ALL else self.count // 4  # a bracket of a sample holds far fewer
+        x, base = (*self._tensors, None)[:2]
+        assert x is not None, "one or two tensors"
+        return native.inside(x, base, low, high, room) if self.dtype == torch.float32 else None
+
+    def _by_chunks(self, low: int, high: int) -> native.Inside:
+        above_low = from_low = above_high = from_high = 0
         between = []
         mask, other = np.empty((2, self._buffers.shape[1]), dtype=np.bool_)
         for bits in self.chunks():
             one, two = mask[: bits.size], other[: bits.size]
-            above += int(np.count_nonzero(np.greater(bits, high, out=one)))
+            above_high += int(np.count_nonzero(np.greater(bits, high, out=one)))
             from_low += int(np.count_nonzero(np.greater_equal(bits, low, out=one)))
             from_high += int(np.count_nonzero(np.greater_equal(bits, high, out=one)))
             above_low += int(np.count_nonzero(np.greater(bits, low, out=two)))
             between.append(bits[np.greater(two, one, out=two)])
-        if above < k <= from_high:
-            return high
-        if from_high < k <= above_low:
-            return _largest(np.concatenate(between), k - from_high)
-        return low if above_low < k <= from_low else None
+        kept = torch.from_numpy(np.concatenate(between))
+        return native.Inside(above_low, from_low, above_high, from_high, kept)
 
     def by_digits(self, k: int) -> int:
         """The k-th largest by counting digits of 16 bits, the highest first: slower, never wrong."""

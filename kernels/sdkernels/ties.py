@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdkernels import flat
+from sdkernels import flat, native
 from sdkernels.cast import accumulator
 from sdkernels.kernel import Case, Kernel, tl, triton
 
@@ -62,7 +62,7 @@ def reference(
         if result.dtype == wide:
             torch.add(origin, merged, alpha=scale, out=result[part])
         else:
-            result[part] = origin.add_(merged, alpha=scale) if origin.dtype != base.dtype else origin + scale * merged
+            result[part] = torch.add(origin, merged, alpha=scale)
     return flat.deliver(result, base, out)
 
 
@@ -109,6 +109,27 @@ def _below(threshold: float | Tensor, dtype: torch.dtype) -> float:
     if exact.isnan():
         return math.inf
     return float(torch.nextafter(exact, torch.zeros_like(exact)).item()) if exact > 0 else 0.0
+
+
+def in_native_code(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    thresholds: Sequence[float | Tensor],
+    *,
+    scale: float = 1.0,
+    normalize: bool = True,
+    vote: str = "sum",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Do what `reference` does in one pass over the memory: see ties.c."""
+    wide = accumulator(base.dtype, *(x.dtype for x in tensors))
+    result = torch.empty(base.shape, dtype=wide) if out is None else out
+    edges = [_below(threshold, wide) for threshold in thresholds]
+    models = list(zip(tensors, map(float, weights), edges, strict=True))
+    if native.elect(base, models, result, scale=scale, normalize=normalize, by_count=vote == "count"):
+        return result
+    return reference(base, tensors, weights, thresholds, scale=scale, normalize=normalize, vote=vote, out=out)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -198,4 +219,4 @@ def _make(dtype: torch.dtype, count: int, models: int, device: torch.device) -> 
     return tensor(), [tensor() for _ in range(models)], [1.0, 0.5, 0.75, 2.0][:models], [0.5, 1.0, 0.0, 0.25][:models]
 
 
-merge = Kernel("ties.merge", reference, fast, cases)
+merge = Kernel("ties.merge", reference, fast, cases, native=in_native_code)
