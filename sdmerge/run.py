@@ -78,19 +78,19 @@ def run(outputs: Sequence[Output], options: Options, progress: Callable[[int], N
     return job.findings
 
 
-def pick_device(options: Options, plans: Sequence[Plan] = ()) -> torch.device:
+def pick_device(options: Options, plans: Sequence[Plan] = (), *, heavy: bool = False) -> torch.device:
     """Return the device to compute on.
 
     ``auto`` is a rule: merges in blocks are bound by reading and writing, and a trip over the bus would only lengthen
     them, so they stay on the CPU; where more than half of the bytes need whole tensors (spectra, sorted magnitudes,
-    decompositions: arithmetic, not reading) a GPU is taken if there is one.
+    decompositions: arithmetic, not reading) a GPU is taken if there is one. `heavy`: so it is, without plans.
 
     Raises:
         RequestError: the device does not exist here.
     """
     if options.device == "auto":
-        heavy = sum(step.cost for plan in plans for step in plan.steps if step.whole)
-        pays = 2 * heavy > sum(plan.cost for plan in plans)
+        whole = sum(step.cost for plan in plans for step in plan.steps if step.whole)
+        pays = heavy or 2 * whole > sum(plan.cost for plan in plans)
         return torch.device("cuda" if pays and torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(options.device)

@@ -315,7 +315,7 @@ class Worker:
         """Add what is stored to its change, check, and round into place: in one pass where native code can and all is well."""
         if self._rounding is None and native.combine_into([(1.0, stored), (1.0, change)], place):
             return
-        tile = change.add_(stored)
+        tile = change.add_(stored.to(change.dtype))  # there is no sum with fp8
         self._check(addition.step, [stored], tile, place.dtype, addition.faults)
         place.copy_(self._round(addition.step, tile, torch.empty(tile.shape, dtype=place.dtype), start))
 

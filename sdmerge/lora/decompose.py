@@ -135,7 +135,7 @@ def flattened(change: Tensor, rank: int, path: str, tolerance: float, store: Cal
     """Approximate a change as a matrix.
 
     Args:
-        change: (m, …), float32.
+        change: (m, …), float32, on the device that computes.
         rank: components, at most as many as there are.
         path: the layer, from which the numbers follow that a search starts with.
         tolerance: how much larger than the smallest possible the error may be.
@@ -144,7 +144,7 @@ def flattened(change: Tensor, rank: int, path: str, tolerance: float, store: Cal
     change = change.flatten(1)
     tall = change.shape[0] > change.shape[1]
     small = change.T.contiguous() if tall else change
-    part = subspace.leading(small, rank, _start(path, small.shape[0], rank), tolerance)
+    part = subspace.leading(small, rank, _start(path, small, rank), tolerance)
     left = part.vectors
     right = left.T @ small
     squares = right.double().square().sum(1)
@@ -152,7 +152,7 @@ def flattened(change: Tensor, rank: int, path: str, tolerance: float, store: Cal
     near, far = left * root, right / root.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     up, down = (far.T, near.T) if tall else (near, far)
     best = max(part.best, float(squares.sum()))
-    return Flat(up=store(up), down=store(down), squares=squares, total=part.total, best=best, method=part.method)
+    return Flat(up=store(up), down=store(down), squares=squares.cpu(), total=part.total, best=best, method=part.method)
 
 
 def tucker(change: Tensor, rank: int, path: str, tolerance: float, store: Callable[[Tensor], Tensor]) -> Core:
@@ -212,7 +212,7 @@ def tucker_curve(change: Tensor) -> Tensor:
     most = min(change.shape[:2]) - 1
     core, _ = _core(change, u[:, :most], v[:, :most])
     energies = core.double().square().sum((2, 3)).cumsum(0).cumsum(1).diagonal()
-    steps: Tensor = energies.diff(prepend=energies.new_zeros(1)).clamp(min=0).sqrt()
+    steps: Tensor = energies.diff(prepend=energies.new_zeros(1)).clamp(min=0).sqrt().cpu()
     return steps
 
 
@@ -221,7 +221,7 @@ def singular_values(change: Tensor) -> Tensor:
     change = change.flatten(1)
     small = change if change.shape[0] <= change.shape[1] else change.T
     squares: Tensor = torch.linalg.eigvalsh(subspace.gram(small))
-    return squares.flip(0).clamp(min=0).double().sqrt()
+    return squares.flip(0).clamp(min=0).double().sqrt().cpu()
 
 
 def _leading_rows(change: Tensor, rank: int | None, path: str, tolerance: float) -> subspace.Leading:
@@ -229,7 +229,7 @@ def _leading_rows(change: Tensor, rank: int | None, path: str, tolerance: float)
     matrix = change.flatten(1)
     wide = matrix.shape[0] <= matrix.shape[1]
     small = (matrix if wide else matrix.T).contiguous()
-    start = None if rank is None else _start(path, small.shape[0], rank)
+    start = None if rank is None else _start(path, small, rank)
     found = subspace.leading(small, rank, start, tolerance)
     return found if wide else replace(found, vectors=torch.linalg.qr(matrix @ found.vectors)[0])
 
@@ -248,9 +248,9 @@ def _ordered(factor: Tensor, unfolded: Tensor) -> tuple[Tensor, Tensor]:
     return turned.float(), lengths.pow(1 / 3).float()
 
 
-def _start(path: str, side: int, rank: int) -> Tensor:
-    """Return numbers to start a search with: the same for the same layer anywhere."""
-    count = side * (rank + _START)
+def _start(path: str, matrix: Tensor, rank: int) -> Tensor:
+    """Return numbers to start a search in a matrix with, one for each of its rows: the same for the same layer anywhere."""
+    count = matrix.shape[0] * (rank + _START)
     words = philox.Stream(philox.key(0, path), count).take(0, count)
     numbers: Tensor = torch.from_numpy(words.view("int32").astype("float32"))
-    return numbers.reshape(side, -1) * 2.0**-31
+    return numbers.reshape(matrix.shape[0], -1).to(matrix.device) * 2.0**-31

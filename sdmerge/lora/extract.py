@@ -34,6 +34,7 @@ from sdmerge.lora.reports import check_places, write_told
 from sdmerge.lora.shrink import Form, each, fitting
 from sdmerge.lora.texts import model_texts, network_texts
 from sdmerge.policy import Notes
+from sdmerge.run import pick_device
 from sdmerge.writing import check_target, plan_of, size_of, write_out
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class _Work:
     tuned: Places
     base: Places
     layout: AdapterLayout
+    device: torch.device
     notes: Notes = field(default_factory=Notes)
     quiet: dict[str, str] = field(default_factory=dict)
 
@@ -128,7 +130,7 @@ class _Work:
 
     def _changed(self, layer: Layer) -> torch.Tensor | None:
         """Return a layer's change as a matrix; None, noted, where it is none."""
-        change, noise = layer.change()
+        change, noise = layer.change(self.device)
         why = is_noise(change, noise)
         if why is not None:
             self.quiet[layer.path] = why
@@ -206,7 +208,7 @@ class _Work:
 
     def _stored(self, half: torch.Tensor) -> torch.Tensor:
         """Return a factor as it waits in memory."""
-        return _clamped(half, self.wanted.clamp).to(torch.float16 if self.dtype is DType.F16 else torch.float32)
+        return _clamped(half, self.wanted.clamp).to("cpu", torch.float16 if self.dtype is DType.F16 else torch.float32)
 
     def _sides(self, every: Sequence[Layer]) -> dict[str, Record]:
         """Return changes of norms, and of biases alone, where the layout holds them; else they are noted."""
@@ -382,7 +384,7 @@ def extract(wanted: Extraction, options: Options) -> list[Report]:
             ways = ways_out(frozenset({"lora", "locon", "tucker"}), tuned.family)
             raise CannotHold(f"the layout {layout.name} has no place for the cores of Tucker's form", advice=ways)
         check_holds(layout, Adapter({}, family=tuned.family))
-        work = _Work(wanted, options, tuned, base, layout)
+        work = _Work(wanted, options, tuned, base, layout, pick_device(options, heavy=True))
         reports, made = [], work.run()
         for (adapter, told), target in zip(made, targets, strict=True):
             written = work.written(adapter)

@@ -69,7 +69,7 @@ class Layer:
         """How many pixels its kernel has; 1 for what is no convolution."""
         return prod(self.shape[2:])
 
-    def change(self) -> tuple[Tensor, float]:
+    def change(self, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
         """Read both weights; return what changed, in float32, and how large the rounding of their types alone may make it.
 
         The second is an expected squared norm: each stored number is off by half a step at most.
@@ -78,7 +78,9 @@ class Layer:
             NonFiniteInput: a weight holds NaN or infinity, and so has no singular values.
         """
         refs = (self.tuned, self.base)
-        both = [_upright(value(ref), place) for ref, place in zip(refs, (self.place, self.base_place), strict=True)]
+        both = [
+            _upright(value(ref, device), place) for ref, place in zip(refs, (self.place, self.base_place), strict=True)
+        ]
         norms = [squared_norm(weight) for weight in both]
         for ref, norm in zip(refs, norms, strict=True):
             if not math.isfinite(norm):

@@ -89,7 +89,7 @@ def in_type(ref: Ref, dtype: DType | None) -> Ref:
 
 def value(ref: Ref, device: torch.device | str = "cpu") -> Tensor:
     """Read and compute a tensor, in float32 or float64; integers as float64."""
-    return torch.as_tensor(ref.evaluate(lambda stored: _wide(_read(stored)).to(device), torch), device=device)
+    return torch.as_tensor(ref.evaluate(lambda stored: _wide(_read(stored).to(device)), torch), device=device)
 
 
 def finite(ref: Ref, path: Path) -> Tensor:

@@ -115,6 +115,23 @@ def test_native_code_and_torch_agree(
         assert want.dtype == torch.float32 or (found[1][name] != want).float().mean() <= 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("output", ["keep", "fp16", "fp32"])
+@pytest.mark.parametrize("chance", [None, 3])
+def test_a_model_in_fp8(dtype: torch.dtype, output: str, chance: int | None, tmp_path: Path) -> None:
+    model = {name: x.to(dtype) if x.dim() > 1 else x for name, x in toys.toy(1, torch.float16).items()}
+    change = lora(TO_Q, 8, 8) | lora(CONV1, 8, 8, 3, 3)
+    base, adapter = save(tmp_path / "m.safetensors", model), save(tmp_path / "l.safetensors", change)
+    sdmerge.bake(base, [adapter], output=tmp_path / "out.safetensors", dtype=output, stochastic_rounding=chance)
+    got = load_file(tmp_path / "out.safetensors")
+    for name, module in ((MODEL_TO_Q, TO_Q), (MODEL_CONV1, CONV1)):
+        exact = model[name].double() + product(change, module).reshape(model[name].shape)
+        wanted = {"keep": dtype, "fp16": torch.float16, "fp32": torch.float32}[output]
+        assert got[name].dtype == wanted
+        step = torch.finfo(wanted).eps * exact.abs() + 0.01 * (wanted.itemsize == 1)  # subnormals
+        assert ((got[name].double() - exact).abs() <= (0.51 if chance is None else 1) * step + 1e-6).all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 65504.0])
 def test_native_code_finds_the_same_faults(
     value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Library

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -338,3 +338,25 @@ def test_a_folder_and_a_single_file_are_compared_as_one_model(
         assert (change.flatten(1) - expected).norm() <= 1e-4 * expected.norm(), path
     assert not any("shared" in path or "embeddings" in path or "attention_bias" in path for path in found)
     assert any(note.startswith("changed, and no part of a LoRA: ") for note in notes)
+
+
+def test_a_gpu_that_is_not_here_is_told(tmp_path: Path) -> None:
+    tuned, base, _ = models(tmp_path)
+    with pytest.raises(RequestError, match="device cuda:99 is not here"):
+        sdmerge.extract_lora(tuned, base, tmp_path / "lora.safetensors", rank=2, device="cuda:99")
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("bound", [{"rank": 2}, {"energy": 0.9}, {"rank": 2, "conv": "tucker"}])
+def test_a_gpu_finds_the_same(bound: dict[str, Any], tmp_path: Path) -> None:
+    tuned, base, _ = models(tmp_path, rank=3)
+    told = []
+    for device in ("cpu", "cuda"):
+        report = tmp_path / f"{device}.json"
+        sdmerge.extract_lora(tuned, base, tmp_path / f"{device}.safetensors", report=report, device=device, **bound)
+        told.append(json.loads(report.read_text())["layers"])
+    assert told[0].keys() == told[1].keys()
+    for path, one in told[0].items():
+        assert one["rank"] == told[1][path]["rank"]
+        assert one["error"] == pytest.approx(told[1][path]["error"], abs=1e-3)
