@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,6 +153,11 @@ class Weights:
                     and any(getattr(self, part) is None for part in parts)
                 ):
                     raise RequestError(f"{row.name} has no weight (expected a value for what is not listed)")
+
+    def idle(self, names: Iterable[str], table: Table) -> tuple[Rule, ...]:
+        """Return the rules that fit none of a model's tensors."""
+        placed = [(name, table.block_of(name)) for name in names] if self.rules else []
+        return tuple(rule for rule in self.rules if not any(rule.matches(name, block, table) for name, block in placed))
 
     def notes(self, table: Table) -> tuple[str, ...]:
         """Say what is done to the weights so that they fit the family."""

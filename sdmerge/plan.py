@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sdmerge import policy
 from sdmerge.errors import FamilyError, MismatchError
 from sdmerge.expression import Call, Leaf
-from sdmerge.recipe import Model, leaves
+from sdmerge.recipe import Model, leaves, weights_in
 from sdmerge.recipe import models as models_of
 from sdmerge.respelling import view_alike
 from sdmerge.small_merge import merged_small
@@ -255,6 +255,9 @@ def _table(recipe: Recipe, first: policy.View, options: Options, notes: policy.N
         raise FamilyError("block weights need to know the family, which the first model does not show; give --family")
     found = table(family, _depth(first.tensors))
     notes.take(recipe.check_blocks(found))
+    for weights in weights_in(recipe.merge):
+        for rule in weights.idle(first.tensors, found):
+            notes.add(f"the rule {rule} fits no tensor")
     return found
 
 

@@ -18,6 +18,7 @@ from sdmerge.errors import FamilyError, MismatchError, NonFiniteInput, RequestEr
 from sdmerge.lora.delta import delta
 from sdmerge.lora.refs import value
 from sdmerge.lora.strength import parse_strength
+from sdmerge.rules import parse_rules
 from tests.sdmerge import toys
 from tests.sdmerge.lora.lycoris_cases import CASES, made
 
@@ -273,6 +274,16 @@ def test_strengths_by_part_and_block(tmp_path: Path) -> None:
         change = (after[key] - before[key]).double()
         expected = factor * product(load_file(adapter), module)
         assert torch.allclose(change, expected, rtol=1e-5, atol=1e-6), key
+
+
+def test_a_rule_that_fits_nothing_is_told(tmp_path: Path) -> None:
+    base = toys.saved(tmp_path, "a", 1)
+    adapter = save(tmp_path / "l.safetensors", lora(TO_Q, 8, 8))
+    rules = parse_rules(["*.attn1.to_q.*:0.5", "*.attn9.*:0.5", "IN01:attn1:0.2", "IN01:attn9:0.2"])
+    weights = sdmerge.Weights(value=1.0, rules=rules)
+    report = sdmerge.bake(base, [(adapter, weights)], output=tmp_path / "out.safetensors")
+    said = [note for note in report.notes if "rule" in note]
+    assert said == ["the rule *.attn9.*:0.5 fits no tensor", "the rule IN01:attn9:0.2 fits no tensor"]
 
 
 def test_open_clip_has_q_k_and_v_in_one_and_its_projection_transposed(tmp_path: Path) -> None:
