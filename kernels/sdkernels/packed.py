@@ -65,8 +65,15 @@ class Packed:
 
         Returns:
             Whether all results are finite.
+
+        Raises:
+            ValueError: the product has no such rows, or another width.
         """
-        assert first + weight.shape[0] <= self.rows, "rows of the product"
+        rows, columns = weight.shape
+        if out.shape != weight.shape or columns != self.columns or not 0 <= first <= first + rows <= self.rows:
+            raise ValueError(
+                f"rows {first} to {first + rows}, {columns} wide, of a product of {self.rows} x {self.columns}"
+            )
         done = self._library.add_product(
             self._packed, first, weight.shape[0], native.matrix(weight), native.matrix(out), self._wide
         )
@@ -77,7 +84,9 @@ def pack(factors: Sequence[Scaled], memory: Callable[[int], Tensor]) -> Packed |
     """Return factors packed, see `Packed`; None where there is no library, or it does not serve them."""
     tensors = [x for _, *pair in factors for x in pair]
     served = all(native.serves(x.dtype) and x.is_cpu and x.stride(1) == 1 and x.numel() for x in tensors)
-    if native.LIBRARY is None or not served:
+    one_size = len({(up.shape[0], down.shape[1]) for _, up, down in factors}) == 1
+    fit = one_size and all(up.shape[1] == down.shape[0] for _, up, down in factors)
+    if native.LIBRARY is None or not (served and fit):
         return None
     capability = torch.backends.cpu.get_cpu_capability()
     return Packed(native.LIBRARY, factors, memory, wide=capability.startswith("AVX512"))

@@ -132,5 +132,12 @@ def test_what_it_is_not_for(library: Library, monkeypatch: pytest.MonkeyPatch) -
         (up[:, :0], down[:0]),
     ):
         assert pack([(1.0, *other)], fresh) is None
+    for one in ((up, down[:1]), (up[:3], down), (up, down[:, :5])):
+        assert pack([(1.0, up, down), (1.0, *one)], fresh) is None
+    packed = pack([(1.0, up, down)], fresh)
+    assert packed is not None
+    for weight, out, first in (((4, 6), (4, 6), 1), ((4, 5), (4, 5), 0), ((4, 6), (3, 6), 0), ((4, 6), (4, 6), -1)):
+        with pytest.raises(ValueError, match="of a product of 4 x 6"):
+            packed.add(torch.ones(weight), torch.ones(out), first)
     monkeypatch.setattr(native, "LIBRARY", None)
     assert pack([(1.0, up, down)], fresh) is None
