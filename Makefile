@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 endif
 PEERS := .venv-conformance
 PEERS_BIN := $(PEERS)/$(notdir $(BIN))
-BUILT_FROM := pyproject.toml constraints.txt hatch_build.py kernels/sdkernels/build.py kernels/sdkernels/native.c
+BUILT_FROM := pyproject.toml constraints.txt hatch_build.py kernels/sdkernels/build.py $(wildcard kernels/sdkernels/*.[ch])
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test lint bench conformance clean

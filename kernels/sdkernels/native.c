@@ -30,10 +30,7 @@ INLINE __m256i sum(const Term *terms, size_t length, const Matrix *out, size_t r
     }
     store(total, out, row, column, count, types.sum);
     __m256i largest = _mm256_setzero_si256();
-    EACH(i) {
-        const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(total.v[i]), _mm256_set1_epi32(0x7fffffff));
-        largest = _mm256_max_epi32(largest, magnitude);
-    }
+    EACH(i) largest = _mm256_max_epi32(largest, magnitudes(total.v[i]));
     return largest;
 }
 
@@ -45,8 +42,7 @@ INLINE int combine_row(const Term *terms, size_t length, const Matrix *out, size
         largest = _mm256_max_epi32(largest, sum(terms, length, out, row, column, GROUP, types));
     if (column < columns)
         largest = _mm256_max_epi32(largest, sum(terms, length, out, row, column, columns - column, types));
-    const __m256i bad = _mm256_cmpgt_epi32(largest, _mm256_set1_epi32(TOO_LARGE[out->type] - 1));
-    return _mm256_testz_si256(bad, bad);
+    return all_finite(largest, (Type)out->type);
 }
 
 /* The type that both of a term's matrices have, or MIXED. */

@@ -69,6 +69,17 @@ INLINE void narrow(__m256 value, char *at, Type type) {
         _mm_storeu_si128((__m128i *)at, to_bfloat16(value));
 }
 
+/* Magnitudes as bits: those of NaN are larger than any other. */
+INLINE __m256i magnitudes(__m256 value) {
+    return _mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(0x7fffffff));
+}
+
+/* Whether magnitudes, as bits, are all finite once they are rounded to a type. */
+INLINE int all_finite(__m256i largest, Type type) {
+    const __m256i bad = _mm256_cmpgt_epi32(largest, _mm256_set1_epi32(TOO_LARGE[type] - 1));
+    return _mm256_testz_si256(bad, bad);
+}
+
 enum { VECTORS = 4, GROUP = LANES * VECTORS };
 typedef struct {
     __m256 v[VECTORS];

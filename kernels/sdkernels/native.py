@@ -57,6 +57,8 @@ class Library:
         self.inside.argtypes = (packed, size, ctypes.c_int32, ctypes.c_int32, data)
         self.elect = functions.sdkernels_elect
         self.elect.argtypes = (packed, size)
+        self.panel = functions.sdkernels_panel
+        self.panel.argtypes, self.panel.restype = (choice, choice), size
         self.pack_up = functions.sdkernels_pack_up
         self.pack_up.argtypes = (packed, size, size, ctypes.c_double, data, size, size, choice)
         self.pack_down = functions.sdkernels_pack_down

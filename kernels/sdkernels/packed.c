@@ -29,14 +29,10 @@ typedef struct {
 } Ahead;
 
 INLINE __m256 larger_8(__m256 so_far, __m256 value) {
-    const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(0x7fffffff));
-    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(so_far), magnitude));
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(so_far), magnitudes(value)));
 }
 
-INLINE int below_8(__m256 largest, int32_t limit) {
-    const __m256i bad = _mm256_cmpgt_epi32(_mm256_castps_si256(largest), _mm256_set1_epi32(limit - 1));
-    return _mm256_testz_si256(bad, bad);
-}
+INLINE int all_finite_8(__m256 largest, Type type) { return all_finite(_mm256_castps_si256(largest), type); }
 
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define NAMED(function) function##_avx2
@@ -51,7 +47,7 @@ INLINE int below_8(__m256 largest, int32_t limit) {
 #define WIDEN widen
 #define NARROW narrow
 #define LARGER larger_8
-#define BELOW below_8
+#define ALL_FINITE all_finite_8
 #include "packed_block.h"
 
 #define WIDE __attribute__((target("avx512f"), always_inline)) static inline
@@ -87,8 +83,8 @@ WIDE __m512 larger_16(__m512 so_far, __m512 value) {
     return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(so_far), magnitude));
 }
 
-WIDE int below_16(__m512 largest, int32_t limit) {
-    return !_mm512_cmpgt_epi32_mask(_mm512_castps_si512(largest), _mm512_set1_epi32(limit - 1));
+WIDE int all_finite_16(__m512 largest, Type type) {
+    return !_mm512_cmpgt_epi32_mask(_mm512_castps_si512(largest), _mm512_set1_epi32(TOO_LARGE[type] - 1));
 }
 
 #define TARGET __attribute__((target("avx512f")))
@@ -104,7 +100,7 @@ WIDE int below_16(__m512 largest, int32_t limit) {
 #define WIDEN widen_16
 #define NARROW narrow_16
 #define LARGER larger_16
-#define BELOW below_16
+#define ALL_FINITE all_finite_16
 #include "packed_block.h"
 
 /* The sizes of blocks and registers, and what makes a block. */
@@ -114,6 +110,9 @@ typedef struct {
 } Set;
 static const Set SETS[] = {{4, 8, make_avx2}, {8, 16, make_avx512}};
 enum { TALLEST = 8, WIDEST = ACROSS * 16 };
+
+/* How many rows of an up, or columns of a down, are in a panel. */
+size_t sdkernels_panel(int of_down, int wide) { return of_down ? ACROSS * SETS[wide].span : SETS[wide].height; }
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 

@@ -23,8 +23,6 @@ Scaled = tuple[float, Tensor, Tensor]
 """s, up [rows, rank] and down [rank, columns]: matrices without gaps in their rows, of types that `native.serves`."""
 
 _FACTORS = struct.Struct("@PPNN")
-_SETS = {"AVX2": (4, 24), "AVX512": (8, 48)}
-"""The rows and columns of panels, for each set of instructions that packed.c knows, in its order."""
 
 
 class Packed:
@@ -41,7 +39,7 @@ class Packed:
         self, library: Library, factors: Sequence[Scaled], memory: Callable[[int], Tensor], *, wide: bool
     ) -> None:
         self._library, self._wide = library, wide
-        height, width = list(_SETS.values())[wide]
+        height, width = library.panel(False, wide), library.panel(True, wide)
         _, first_up, first_down = factors[0]
         self.rows, self.columns = first_up.shape[0], first_down.shape[1]
         rank = sum(up.shape[1] for _, up, _ in factors)

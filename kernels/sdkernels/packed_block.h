@@ -1,7 +1,7 @@
 /* A block of W + up · down, summed up in registers. Included once for each set of instructions, which these macros stand for:
  * TARGET, NAMED(function), HEIGHT (rows of a block), VECTOR and SPAN (a register of numbers, and how many it holds), ZERO,
  * LOAD, SPREAD (one number to all lanes), ADD, ADD_PRODUCT(x, y, sum), WIDEN and NARROW (numbers of a type from and to
- * memory), and LARGER (of the magnitudes so far, as bits, and those of a register).
+ * memory), LARGER (of the magnitudes so far, as bits, and those of a register), and ALL_FINITE (whether they are, in a type).
  */
 
 /* What is known when the code is compiled, `vectors` and types, decides which of it stays; loops are unrolled, so that
@@ -49,7 +49,7 @@ INLINED int NAMED(block_of)(const float *up, const float *down, size_t rank, con
         case BFLOAT16: NAMED(round_off)(sum, block, vectors, BFLOAT16); break;
         default: NAMED(round_off)(sum, block, vectors, FLOAT32);
     }
-    return BELOW(largest, TOO_LARGE[block->out_type]);
+    return ALL_FINITE(largest, block->out_type);
 }
 
 /* Make a block of `vectors` registers in a row; return whether all of it is finite. */
@@ -78,4 +78,4 @@ TARGET static int NAMED(make)(
 #undef WIDEN
 #undef NARROW
 #undef LARGER
-#undef BELOW
+#undef ALL_FINITE

@@ -120,9 +120,8 @@ class _Magnitudes:
 
     def _in_one_pass(self, low: int, high: int) -> native.Inside | None:
         room = self.count if self.count <= _ALL else self.count // 4  # a bracket of a sample holds far fewer
-        x, base = (*self._tensors, None)[:2]
-        assert x is not None, "one or two tensors"
-        return native.inside(x, base, low, high, room) if self.dtype == torch.float32 else None
+        x, *base = self._tensors
+        return native.inside(x, base[0] if base else None, low, high, room) if self.dtype == torch.float32 else None
 
     def _by_chunks(self, low: int, high: int) -> native.Inside:
         above_low = from_low = above_high = from_high = 0

@@ -13,10 +13,6 @@ typedef struct {
     size_t room, found;
 } Inside;
 
-INLINE __m256i bits_of(__m256 value) {
-    return _mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(0x7fffffff));
-}
-
 static int64_t counted(__m256i minus) {
     int32_t lanes[LANES];
     int64_t sum = 0;
@@ -51,7 +47,7 @@ int sdkernels_inside(const Term *of, size_t count, int32_t low, int32_t high, In
         EACH(i) {
             const int left = (int)here - i * LANES;
             if (left <= 0) break;
-            __m256i bits = bits_of(value.v[i]), there = _mm256_set1_epi32(-1);
+            __m256i bits = magnitudes(value.v[i]), there = _mm256_set1_epi32(-1);
             if (left < LANES) there = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
             const __m256i over_low = _mm256_and_si256(there, _mm256_cmpgt_epi32(bits, first));
             const __m256i over_high = _mm256_and_si256(there, _mm256_cmpgt_epi32(bits, last));
