@@ -246,7 +246,7 @@ def check_output(target: Path, plan: Plan, options: Options, endings: tuple[str,
                     path=target,
                     advice="choose another name, or --overwrite to replace it when done",
                 )
-    raise OutputExists("exists already", path=target, advice="pass --overwrite, or choose another name")
+    raise OutputExists.at(target)
 
 
 def _check_ending(target: Path, endings: tuple[str, ...]) -> None:

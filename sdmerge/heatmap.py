@@ -11,8 +11,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sdformats.errors import OutputExists, WriteError
-from sdformats.output import write_file
+from sdformats.output import check_place, write_file
 from sdmerge.errors import RequestError
 from sdmerge.layer_kinds import KINDS, encoder_layer, kind_of, vae_place
 from sdmerge.measure import Measures
@@ -86,10 +85,7 @@ def check(path: Path, *, overwrite: bool = False, what: str = "heat map") -> Non
     """
     if path.suffix.lower() != ".png":
         raise RequestError(f"{path}: the {what} is a PNG picture (expected a name that ends in .png)")
-    if not path.parent.is_dir():
-        raise WriteError(f"the folder {path.parent} does not exist", path=path, advice="create it first")
-    if path.exists() and not overwrite:
-        raise OutputExists("exists already", path=path, advice="pass --overwrite, or choose another name")
+    check_place(path, overwrite=overwrite)
     try:
         import matplotlib.figure as _  # noqa: F401 - only to see whether it is there
     except ImportError as error:

@@ -92,3 +92,8 @@ class WriteError(FormatError):
 
 class OutputExists(WriteError):
     """There is something at the output's place already."""
+
+    @classmethod
+    def at(cls, path: Path) -> OutputExists:
+        """Return the error for something that may be replaced if the user says so."""
+        return cls("exists already", path=path, advice="pass --overwrite, or choose another name")

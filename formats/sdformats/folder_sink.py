@@ -163,7 +163,7 @@ class FolderSink(TensorSink):
         if not self.target.exists():
             return
         if not self._overwrite:
-            raise OutputExists("exists already", path=self.path, advice="pass --overwrite, or choose another name")
+            raise OutputExists.at(self.path)
         pipeline = INDEX in self._texts or not self._texts
         marks = [INDEX] if pipeline else list(self._texts)
         alike = self.target.is_dir() and all((self.target / mark).is_file() for mark in marks)

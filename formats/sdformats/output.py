@@ -38,6 +38,19 @@ _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNO
 """How file systems without hard links, and systems that forbid them, say so."""
 
 
+def check_place(path: Path, *, overwrite: bool) -> None:
+    """Refuse early a place where no file can be written.
+
+    Raises:
+        WriteError: its folder does not exist.
+        OutputExists: there is something, which may not be replaced.
+    """
+    if not path.parent.is_dir():
+        raise WriteError(f"the folder {path.parent} does not exist", path=path, advice="create it first")
+    if path.exists() and not overwrite:
+        raise OutputExists.at(path)
+
+
 class PendingFile:
     """A file of a known size on its way to `path`.
 
@@ -115,7 +128,7 @@ class PendingFile:
             sync_folder(self.target.parent)
         except FileExistsError as error:
             self.abort()
-            raise self._exists() from error
+            raise OutputExists.at(self.path) from error
         except OSError as error:
             self.abort()
             raise self._failure(error) from error
@@ -151,7 +164,7 @@ class PendingFile:
         if not stat.S_ISREG(status.st_mode):
             raise WriteError("is not a regular file", path=self.path, advice="choose another output")
         if not self._overwrite:
-            raise self._exists()
+            raise OutputExists.at(self.path)
         return stat.S_IMODE(status.st_mode)
 
     def _open(self) -> int:
@@ -200,9 +213,6 @@ class PendingFile:
         handle, self._handle = self._handle, None
         if handle is not None:
             os.close(handle.fd)
-
-    def _exists(self) -> OutputExists:
-        return OutputExists("exists already", path=self.path, advice="pass --overwrite, or choose another name")
 
     def _failure(self, error: OSError) -> WriteError:
         cause = _CAUSES.get(error.errno or 0, error.strerror or str(error))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from sdformats.errors import OutputExists, WriteError
-from sdformats.output import write_file
+from sdformats.output import check_place, write_file
 from sdmerge import heatmap
 from sdmerge.errors import RequestError
 from sdmerge.lora.rank_plot import painted
@@ -45,10 +44,7 @@ def check_places(
             raise RequestError(f"{path}: is an input (expected another name)")
         if path in told and path.is_dir():
             raise RequestError(f"{path}: is a folder (expected the name of a file)")
-        if not path.parent.is_dir():
-            raise WriteError(f"the folder {path.parent} does not exist", path=path, advice="create it first")
-        if path.exists() and not options.overwrite:
-            raise OutputExists("exists already", path=path, advice="pass --overwrite, or choose another name")
+        check_place(path, overwrite=options.overwrite)
     if plot is not None:
         heatmap.check(plot, overwrite=options.overwrite, what="picture of ranks")
 

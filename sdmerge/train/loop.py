@@ -279,7 +279,7 @@ class Run:
         if not self.is_main or output.overwrite:
             return
         if self.target.exists():
-            raise OutputExists("exists already", path=self.target, advice="pass --overwrite, or choose another name")
+            raise OutputExists.at(self.target)
         if self.folder.exists() and not output.resume:
             advice = "pass --resume to go on with that run, or --overwrite to begin again"
             raise OutputExists("exists already", path=self.folder, advice=advice)

@@ -61,7 +61,7 @@ def plainly(settings: Settings) -> Saving:
 
     target = Path(settings.output.output)
     if target.exists() and not settings.output.overwrite:
-        raise OutputExists("exists already", path=target, advice="pass --overwrite, or choose another name")
+        raise OutputExists.at(target)
     return Saving(target, 0, 0)
 
 
